@@ -1,0 +1,1 @@
+"""Evaluation: graded answers in, paired statistics, checks and a gate decision out."""

@@ -1,0 +1,59 @@
+"""The files that rooms hand to one another: a name and a reader for each, so that no room imports another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_loop.files import read_jsonl
+from dpo_loop.types import Ballot, Comparison, Completion, GateReport, GradeRow, PreferencePair, Prompt, PromptJudgement
+
+PROMPTS = "prompts.jsonl"
+PAIRS = "pairs.jsonl"
+DROPPED = "dropped.jsonl"
+"""Rows of {"prompt_id", "reason", ...}: what a stage left out and why."""
+JUDGEMENTS = "judgements.jsonl"
+BALLOTS = "ballots.jsonl"
+METRICS = "metrics.jsonl"
+GRADES = "grades.jsonl"
+COMPARISONS = "comparisons.jsonl"
+GATE_REPORT = "gate_report.json"
+CANARY = "canary.json"
+
+
+def completions_file(shard: int) -> str:
+    return f"completions-{shard:05d}.jsonl"
+
+
+def read_prompts(stage_dir: Path) -> Iterator[Prompt]:
+    return read_jsonl(stage_dir / PROMPTS, Prompt)
+
+
+def read_completions(stage_dir: Path) -> Iterator[Completion]:
+    """All shards in order: by prompt as in prompts.jsonl, then by k."""
+    for path in sorted(stage_dir.glob("completions-*.jsonl")):
+        yield from read_jsonl(path, Completion)
+
+
+def read_judgements(stage_dir: Path) -> Iterator[PromptJudgement]:
+    return read_jsonl(stage_dir / JUDGEMENTS, PromptJudgement)
+
+
+def read_ballots(stage_dir: Path) -> Iterator[Ballot]:
+    return read_jsonl(stage_dir / BALLOTS, Ballot)
+
+
+def read_pairs(stage_dir: Path) -> Iterator[PreferencePair]:
+    return read_jsonl(stage_dir / PAIRS, PreferencePair)
+
+
+def read_grades(stage_dir: Path) -> Iterator[GradeRow]:
+    return read_jsonl(stage_dir / GRADES, GradeRow)
+
+
+def read_comparisons(stage_dir: Path) -> Iterator[Comparison]:
+    return read_jsonl(stage_dir / COMPARISONS, Comparison)
+
+
+def read_gate_report(stage_dir: Path) -> GateReport:
+    return GateReport.model_validate_json((stage_dir / GATE_REPORT).read_bytes())

@@ -1,0 +1,91 @@
+"""The only file that spells a path of a run directory.
+
+runs/demo/
+  run.json               resolved config of the run
+  current.json           the blessing of the policy that generates next; one atomic write promotes
+  ledger.sqlite          every judge call
+  index.html             the report over all rounds
+  approvals/<sha256>.json   a person's decision about one gate report
+  logs/001-train.log     output of each stage's process
+  rounds/000/            round 0 prepares and grades the start policy, the anchor
+  rounds/001/<stage>/manifest.json
+  rounds/001/failed/<stage>.json   why a stage could not finish
+  rounds/001/round.json  the end of the round
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES_OF_ROUND_0 = ("world", "seed", "evalset", "answer", "grade", "report")
+STAGES = ("prompts", "generate", "judge", "pair", "train", "answer", "grade", "gate", "report")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundDir:
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name)
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "round.json"
+
+    def stage(self, name: str) -> Path:
+        return self.path / name
+
+    def failure(self, stage: str) -> Path:
+        return self.path / "failed" / f"{stage}.json"
+
+    @property
+    def gate_report(self) -> Path:
+        return self.stage("gate") / "gate_report.json"
+
+    @property
+    def report_page(self) -> Path:
+        return self.stage("report") / "report.html"
+
+    @property
+    def blessing(self) -> Path:
+        return self.path / "blessing.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def current(self) -> Path:
+        return self.path / "current.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def lease(self) -> Path:
+        return self.path / ".lease"
+
+    @property
+    def index_page(self) -> Path:
+        return self.path / "index.html"
+
+    def round(self, number: int) -> RoundDir:
+        return RoundDir(self.path / "rounds" / f"{number:03d}")
+
+    def rounds(self) -> list[RoundDir]:
+        """Rounds that have begun, in order."""
+        return [RoundDir(path) for path in sorted((self.path / "rounds").glob("[0-9][0-9][0-9]")) if path.is_dir()]
+
+    def log(self, round_number: int, stage: str) -> Path:
+        return self.path / "logs" / f"{round_number:03d}-{stage}.log"
+
+    def approval(self, report_sha256: str) -> Path:
+        return self.path / "approvals" / f"{report_sha256}.json"

@@ -1,0 +1,153 @@
+"""Policies on disk: written with relative paths so a run directory can move, checked by name before an engine is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo_loop.artifacts import fingerprint, sha256_file
+from dpo_loop.errors import CorruptArtifactError, PolicyError
+from dpo_loop.files import write_json
+from dpo_loop.types import Blessing, PolicyRef, canonical_json
+
+POLICY_FILE = "policy.json"
+ADAPTER_ORIGIN = "dpo_loop.json"
+"""Beside an adapter's weights: {"base_sha256": ...}, the base it was trained on."""
+_PATH_FIELDS = ("base", "adapter", "canary")
+
+
+def describe_policy(
+    base: Path, *, revision: str | None = None, adapter: Path | None = None, canary: Path | None = None
+) -> PolicyRef:
+    """A PolicyRef with its hashes, after checking both directories. Raises PolicyError with every problem found."""
+    problems = model_problems(base)
+    if adapter is not None:
+        problems += adapter_problems(adapter, base)
+    if problems:
+        raise PolicyError("\n".join([f"the policy at {adapter or base} cannot be used:", *(f"  - {line}" for line in problems)]))
+    return PolicyRef(
+        base=str(base),
+        revision=revision,
+        base_sha256=fingerprint(base)["sha256"],
+        adapter=None if adapter is None else str(adapter),
+        adapter_sha256=None if adapter is None else adapter_sha256(adapter),
+        canary=None if canary is None else str(canary),
+    )
+
+
+def adapter_sha256(adapter: Path) -> str:
+    """Over what an engine loads: the weights and the shape, not the README beside them."""
+    files = {name: sha256_file(adapter / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
+    return hashlib.sha256(canonical_json(files).encode()).hexdigest()
+
+
+def model_problems(base: Path) -> list[str]:
+    """What is missing from a transformers model directory, each with the way to mend it; empty when it is whole."""
+    if not base.is_dir():
+        return [f"{base} is not a directory; give a transformers model directory or a hub id"]
+    problems = []
+    if not (base / "config.json").is_file():
+        problems.append(f"{base / 'config.json'} is missing; save the model with `save_pretrained`")
+    problems += _weight_problems(base)
+    if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        problems.append(f"{base} has no tokenizer; save it into the same directory with `tokenizer.save_pretrained`")
+    elif not _has_chat_template(base):
+        problems.append(
+            f"{base} has no chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json); dpo-loop talks to instruction-"
+            "tuned models: set `tokenizer.chat_template` and save it again"
+        )
+    return problems
+
+
+def _weight_problems(base: Path) -> list[str]:
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [
+            f"{base / shard} is missing, though {index.name} lists it; copy the whole model"
+            for shard in shards
+            if not (base / shard).is_file()
+        ]
+    if any(base.glob("*.safetensors")):
+        return []
+    return [f"{base} has no *.safetensors weights; save the model with `save_pretrained`"]
+
+
+def _has_chat_template(base: Path) -> bool:
+    if (base / "chat_template.jinja").is_file() or (base / "chat_template.json").is_file():
+        return True
+    config = base / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
+
+
+def adapter_problems(adapter: Path, base: Path, *, max_rank: int | None = None) -> list[str]:
+    """What keeps a PEFT adapter from being used on `base`; empty when nothing does."""
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / name).is_file()]
+    if missing:
+        return [f"{adapter / name} is missing; save the adapter with `save_pretrained`" for name in missing]
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"{adapter} is a {config.get('peft_type')} adapter; only LORA adapters can be trained on and served")
+    made_for, here = config.get("base_model_name_or_path"), fingerprint(base)["sha256"] if base.is_dir() else None
+    origin = adapter / ADAPTER_ORIGIN
+    recorded = json.loads(origin.read_text())["base_sha256"] if origin.is_file() else None
+    if recorded is not None and recorded != here:
+        problems.append(f"{adapter} was trained on another base: weights {recorded[:12]}…, but {base} has {str(here)[:12]}…")
+    elif recorded is None and made_for and Path(made_for).name != base.name:
+        problems.append(
+            f"{adapter} was trained on {made_for}, not on {base}; give the adapter of this base, or this adapter's base"
+        )
+    if max_rank is not None and config.get("r", 0) > max_rank:
+        problems.append(
+            f"{adapter} has rank {config['r']}, above the engine's max_lora_rank {max_rank}; raise generation.engine.max_lora_rank"
+        )
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------- on disk, relative
+
+
+def write_policy(out: Path, policy: PolicyRef) -> None:
+    """`policy.json` in a stage directory `<run>/rounds/NNN/<stage>`; paths below <run> are stored relative to it."""
+    write_json(out / POLICY_FILE, _relative(policy, out.resolve().parents[2]))
+
+
+def read_policy(stage_dir: Path) -> PolicyRef:
+    """The policy that a stage made, with absolute paths. Raises CorruptArtifactError if there is none."""
+    path = stage_dir / POLICY_FILE
+    if not path.is_file():
+        raise CorruptArtifactError(f"{path} is missing; remove {stage_dir} and run the same command again")
+    return _absolute(PolicyRef.model_validate_json(path.read_bytes()), stage_dir.resolve().parents[2])
+
+
+def write_blessing(path: Path, blessing: Blessing, *, run: Path) -> None:
+    write_json(path, blessing.model_copy(update={"policy": _relative(blessing.policy, run.resolve())}))
+
+
+def read_blessing(path: Path, *, run: Path) -> Blessing:
+    blessing = Blessing.model_validate_json(path.read_bytes())
+    return blessing.model_copy(update={"policy": _absolute(blessing.policy, run.resolve())})
+
+
+def _relative(policy: PolicyRef, root: Path) -> PolicyRef:
+    paths = {name: getattr(policy, name) for name in _PATH_FIELDS}
+    below = {name: Path(value).resolve() for name, value in paths.items() if value is not None and os.path.exists(value)}
+    update = {name: str(path.relative_to(root)) for name, path in below.items() if path.is_relative_to(root)}
+    return policy.model_copy(update=_published(update))
+
+
+def _published(paths: dict[str, str]) -> dict[str, str]:
+    """A stage writes its policy while its directory is still `.train.work`; what is stored is where it will be: `train`."""
+    return {
+        name: "/".join(part.removeprefix(".").removesuffix(".work") if part.endswith(".work") else part for part in path.split("/"))
+        for name, path in paths.items()
+    }
+
+
+def _absolute(policy: PolicyRef, root: Path) -> PolicyRef:
+    paths = {name: getattr(policy, name) for name in _PATH_FIELDS}
+    return policy.model_copy(update={name: str(root / value) for name, value in paths.items() if value and (root / value).exists()})

@@ -1,0 +1,1 @@
+"""Prompts: a pool, evaluation prompts carved out first, a fresh split for each round."""

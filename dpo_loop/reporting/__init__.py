@@ -1,0 +1,1 @@
+"""Reporting: what a person sees of a round and of a run."""
