@@ -1,0 +1,111 @@
+"""A policy that cannot be used is named before an engine starts, and a run directory can move."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dpo_loop.errors import CorruptArtifactError, PolicyError
+from dpo_loop.layout import RunDir
+from dpo_loop.policies import (
+    ADAPTER_ORIGIN,
+    adapter_problems,
+    describe_policy,
+    model_problems,
+    read_blessing,
+    read_policy,
+    write_blessing,
+    write_policy,
+)
+from dpo_loop.types import Blessing
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The files of a model directory; nothing here loads weights."""
+    base = tmp_path / "model"
+    base.mkdir()
+    for name, text in {
+        "config.json": "{}",
+        "model.safetensors": "weights",
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+    }.items():
+        (base / name).write_text(text)
+    return base
+
+
+def lora(path: Path, *, base: str = "model", rank: int = 8, **fields: object) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": rank, "base_model_name_or_path": base} | fields)
+    )
+    (path / "adapter_model.safetensors").write_text("adapter")
+    return path
+
+
+def test_a_whole_model_has_no_problems(model: Path) -> None:
+    assert model_problems(model) == []
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "no *.safetensors weights"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("chat_template.jinja", "has no chat template"),
+    ],
+)
+def test_each_missing_part_of_a_model_is_named(model: Path, gone: str, said: str) -> None:
+    (model / gone).unlink()
+    assert any(said in problem for problem in model_problems(model))
+    with pytest.raises(PolicyError, match="cannot be used"):
+        describe_policy(model)
+
+
+def test_a_missing_weight_shard_is_named(model: Path) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-1.safetensors").write_text("half")
+    assert [problem for problem in model_problems(model) if "model-2.safetensors is missing" in problem]
+
+
+def test_an_adapter_for_another_base_is_refused_by_hash_and_by_name(model: Path, tmp_path: Path) -> None:
+    assert adapter_problems(lora(tmp_path / "good"), model) == []
+    assert "trained on other, not on" in adapter_problems(lora(tmp_path / "named", base="other"), model)[0]
+    (lora(tmp_path / "hashed") / ADAPTER_ORIGIN).write_text(json.dumps({"base_sha256": "0" * 64}))
+    assert "trained on another base" in adapter_problems(tmp_path / "hashed", model)[0]
+
+
+def test_a_rank_above_the_engines_and_another_kind_of_adapter_are_refused(model: Path, tmp_path: Path) -> None:
+    assert (
+        "rank 32, above the engine's max_lora_rank 16" in adapter_problems(lora(tmp_path / "big", rank=32), model, max_rank=16)[0]
+    )
+    assert "IA3" in adapter_problems(lora(tmp_path / "ia3", peft_type="IA3"), model)[0]
+    assert "adapter_config.json is missing" in adapter_problems(tmp_path / "nothing", model)[0]
+
+
+def test_a_run_directory_can_move(model: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(model, run.round(0).stage("seed") / "model")
+    work = run.round(1).path / ".train.work"  # a stage writes its policy before it is published
+    lora(work / "adapter")
+    write_policy(work, describe_policy(run.round(0).stage("seed") / "model", adapter=work / "adapter"))
+    work.rename(run.round(1).stage("train"))
+    policy = read_policy(run.round(1).stage("train"))
+    assert policy.adapter == str(run.round(1).stage("train") / "adapter")
+    blessing = Blessing(round=1, policy=policy, gate_state=None, report_sha256=None, decision=None, blessed_at="now")
+    write_blessing(run.current, blessing, run=run.path)
+
+    moved = RunDir(run.path.rename(tmp_path / "elsewhere"))
+    for found in (read_policy(moved.round(1).stage("train")), read_blessing(moved.current, run=moved.path).policy):
+        assert found.base == str(moved.round(0).stage("seed") / "model")
+        assert found.adapter == str(moved.round(1).stage("train") / "adapter")
+        assert found.key == policy.key
+    with pytest.raises(CorruptArtifactError, match=r"policy\.json is missing"):
+        read_policy(moved.round(1).stage("judge"))
