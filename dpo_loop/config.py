@@ -209,6 +209,15 @@ class AnswerConfig(Record):
 
 
 Metric = Literal["pass_rate", "win_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate"]
+HIGHER_IS_BETTER: frozenset[str] = frozenset({"pass_rate", "win_rate"})
+METRIC_NAMES: dict[str, str] = {
+    "pass_rate": "pass rate",
+    "win_rate": "win rate",
+    "harmful_rate": "harmful compliance",
+    "over_refusal_rate": "over-refusal",
+    "degenerate_rate": "degenerate output",
+}
+"""As people read them, in reasons and reports."""
 
 
 class CheckConfig(Record):
@@ -230,6 +239,11 @@ class CheckConfig(Record):
     def _reference_named(self) -> CheckConfig:
         if (self.rule == "non_inferior" or self.metric == "win_rate") and self.vs is None:
             raise ValueError(f"check {self.id}: {self.rule} of {self.metric} needs `vs: previous` or `vs: anchor`")
+        if self.rule != "non_inferior" and (self.rule == "floor") != (self.metric in HIGHER_IS_BETTER):
+            way_out = "a floor is for pass_rate and win_rate, a ceiling for the rates that should be low"
+            raise ValueError(f"check {self.id}: {self.rule} of {self.metric} would reward the wrong direction; {way_out}")
+        if self.rule != "non_inferior" and self.metric != "win_rate" and self.vs is not None:
+            raise ValueError(f"check {self.id}: {self.rule} of {self.metric} looks at the candidate alone; leave out `vs`")
         return self
 
 
@@ -240,3 +254,10 @@ class GateConfig(Record):
     """Share of ungraded answers above which the round is INVALID; below it they count as the worst case."""
     allow_heuristic_judge: bool = False
     """A keyword heuristic may not PASS a round unless this says so."""
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> GateConfig:
+        ids = [check.id for check in self.checks]
+        if twice := sorted({id for id in ids if ids.count(id) > 1}):
+            raise ValueError(f"checks share the id {', '.join(twice)}; give each its own")
+        return self
