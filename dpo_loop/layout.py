@@ -8,6 +8,7 @@ runs/demo/
   approvals/<sha256>.json   a person's decision about one gate report
   logs/001-train.log     output of each stage's process
   rounds/000/            round 0 prepares and grades the start policy, the anchor
+  rounds/001/parent.json  the blessing of the policy that this round generates with, pinned when it begins
   rounds/001/<stage>/manifest.json
   rounds/001/failed/<stage>.json   why a stage could not finish
   rounds/001/round.json  the end of the round
@@ -33,6 +34,10 @@ class RoundDir:
     @property
     def manifest(self) -> Path:
         return self.path / "round.json"
+
+    @property
+    def parent(self) -> Path:
+        return self.path / "parent.json"
 
     def stage(self, name: str) -> Path:
         return self.path / name
