@@ -1,1 +1,1 @@
-"""Pairing: which two of K become chosen and rejected, and why the others do not."""
+"""Which two of K answers become a preference pair, and why the others do not."""

@@ -1,0 +1,152 @@
+"""Asking through the ledger: a call that was answered before is not made again, here or in any other process of the run."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_loop.errors import DpoLoopError, JudgeUnavailableError
+from dpo_loop.types import Ballot, Prompt, Undecided, UndecidedReason, Verdict, canonical_json
+from judges.backend import Backend, JudgeRequest, Reply
+from judges.ballot import ballot_of
+from judges.ledger import Claim, Ledger
+from judges.verdict import verdict_of
+
+KEY_VERSION = 1
+LOOK_AGAIN_S = 0.2
+"""How often a call that another process is making is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An answer that is judged. id: the completion's."""
+
+    id: str
+    text: str
+
+
+def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: str, replicate: int = 0) -> dict[str, Any]:
+    """What the key of a call is hashed from: who is asked how, and the texts in the order shown. Ids, run and API key are not in it,
+    so the same question is the same call in every round."""
+    material = {"prompt": [[m.model_dump() for m in prompt.messages], prompt.tags], "left": left, "right": right}
+    hashes = {f"{name}_sha256": hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in material.items()}
+    return {"v": KEY_VERSION, **identity, **hashes, "replicate": replicate}
+
+
+def key_of(question: Mapping[str, Any]) -> str:
+    """64 hex digits; also the id under which a vendor sees the call."""
+    return hashlib.sha256(canonical_json(question).encode()).hexdigest()
+
+
+class Asker:
+    """One judge with its ledger. Counts what it asked and what the ledger knew; keeps nothing else.
+
+    `ask` returns a ballot for every comparison. Raises JudgeError or InputError when the backend says that going on is pointless, and
+    JudgeUnavailableError after max(10, 2 x concurrency) unavailable replies in a row: an outage ends the stage, which resumes
+    later, instead of turning a round's prompts into undecided ones.
+    """
+
+    def __init__(self, backend: Backend, ledger: Ledger) -> None:
+        self._backend, self._ledger = backend, ledger
+        self._under_way: dict[str, asyncio.Future[Reply]] = {}
+        self._unavailable_in_a_row = 0
+        self._ended_by: DpoLoopError | None = None
+        self.num_asked = 0
+        self.num_known = 0
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.cost_usd = 0.0
+        self.undecided: Counter[str] = Counter()
+
+    @property
+    def concurrency(self) -> int:
+        return self._backend.spec.concurrency
+
+    async def ask(self, prompt: Prompt, left: Candidate, right: Candidate, *, replicate: int = 0) -> Ballot:
+        question = question_of(self._backend.spec.identity, prompt, left.text, right.text, replicate)
+        key = key_of(question)
+        request = JudgeRequest(key=key, prompt=prompt, left=left.text, right=right.text)
+        reply = await (self._instant(request, question) if self._backend.spec.is_instant else self._once(request, question))
+        if isinstance(reply.outcome, Undecided):
+            self.undecided[reply.outcome.reason.value] += 1
+        judge = self._backend.spec.name
+        return ballot_of(key, prompt=prompt, left_id=left.id, right_id=right.id, judge=judge, reply=reply)
+
+    async def both_orders(self, prompt: Prompt, one: Candidate, other: Candidate) -> tuple[Verdict, tuple[Ballot, Ballot]]:
+        """The verdict between two answers, from a ballot in each order: the only way to a label."""
+        first = await self.ask(prompt, one, other)
+        second = await self.ask(prompt, other, one)
+        return verdict_of(first, second), (first, second)
+
+    # ------------------------------------------------------------------------------------------------------------ one call
+
+    async def _instant(self, request: JudgeRequest, question: Mapping[str, Any]) -> Reply:
+        if known := self._ledger.find(request.key):
+            self.num_known += 1
+            return known
+        reply = await self._backend.ask(request)
+        self.num_asked += 1
+        self._ledger.keep(request.key, question, reply)
+        return reply
+
+    async def _once(self, request: JudgeRequest, question: Mapping[str, Any]) -> Reply:
+        """Two tasks that ask the same at the same time share one call (candidate against a previous policy that is the anchor)."""
+        while under_way := self._under_way.get(request.key):
+            await asyncio.wait([under_way])
+            if not under_way.cancelled() and under_way.exception() is None:
+                self.num_known += 1
+                return under_way.result()
+        mine: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._under_way[request.key] = mine
+        try:
+            reply = await self._claimed(request, question)
+            mine.set_result(reply)
+            return reply
+        finally:
+            mine.cancel()
+            del self._under_way[request.key]
+
+    async def _claimed(self, request: JudgeRequest, question: Mapping[str, Any]) -> Reply:
+        while True:
+            if self._ended_by:
+                raise self._ended_by
+            match self._ledger.claim(request.key, question):
+                case Reply() as known:
+                    self.num_known += 1
+                    return known
+                case Claim.MINE:
+                    return await self._paid(request)
+                case Claim.THEIRS:
+                    await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def _paid(self, request: JudgeRequest) -> Reply:
+        try:
+            reply = await self._backend.ask(request)
+        except BaseException as error:
+            self._ledger.release(request.key, f"{type(error).__name__}: {error}")
+            self._ended_by = error if isinstance(error, DpoLoopError) else self._ended_by
+            raise
+        self._ledger.settle(request.key, reply)
+        self.num_asked += 1
+        self.input_tokens += reply.usage.input_tokens
+        self.output_tokens += reply.usage.output_tokens
+        self.cost_usd += reply.cost_usd
+        self._watch_for_outage(reply)
+        return reply
+
+    def _watch_for_outage(self, reply: Reply) -> None:
+        match reply.outcome:
+            case Undecided(reason=UndecidedReason.UNAVAILABLE, detail=detail):
+                self._unavailable_in_a_row += 1
+                if self._unavailable_in_a_row >= max(10, 2 * self.concurrency):
+                    self._ended_by = JudgeUnavailableError(
+                        f"judge {self._backend.spec.name} has not answered {self._unavailable_in_a_row} calls in a row; the last: {detail}. What was "
+                        "judged is kept; run the same command again when it answers."
+                    )
+                    raise self._ended_by
+            case _:
+                self._unavailable_in_a_row = 0

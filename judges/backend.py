@@ -1,0 +1,91 @@
+"""The seam to whoever judges: one request in, one reply out.
+
+A *backend* knows one vendor or one program. It sees two texts in the order they are shown and nothing else: no swap, no panel, no
+ledger, no ids. Everything that makes a label trustworthy (both orders, verdicts, the ledger) stands on this side of the seam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, assert_never
+
+from pydantic import Field
+
+from dpo_loop.types import Decided, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
+from judges.config import Judge, OpenAIJudge, VerifierJudge
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeRequest:
+    """left is shown first. key: of this call in the ledger; it names the call at the vendor and seeds the fences of the request."""
+
+    key: str
+    prompt: Prompt
+    left: str
+    right: str
+
+
+class Reply(Record):
+    """What came back, readable or not. usage and cost cover every attempt that was answered; raw is the judge's last text.
+
+    latency_s: from the first attempt to the end of the last, waits included.
+    """
+
+    outcome: Outcome = Field(discriminator="kind")
+    raw: str = ""
+    usage: Usage = Usage()
+    cost_usd: float = 0.0
+    latency_s: float = 0.0
+    served_model: str = ""
+    request_id: str = ""
+    attempts: int = 1
+
+    @property
+    def is_final(self) -> bool:
+        """A decision or a refusal: asking again would buy the same. Any other failure is asked again on resume."""
+        match self.outcome:
+            case Decided():
+                return True
+            case Undecided():
+                return self.outcome.reason == UndecidedReason.REFUSED
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """name: shown in ballots. identity: all that may change an answer, as JSON; it is part of every key.
+
+    concurrency: calls that may be under way at once. is_instant: a free local function, whose calls need no claim in the ledger.
+    """
+
+    name: str
+    identity: Mapping[str, Any] = field(hash=False)
+    concurrency: int
+    is_instant: bool = False
+
+
+class Backend(Protocol):
+    """What the caller relies on: `ask` returns a Reply for every request, however the vendor fails; it raises only what makes
+    further calls pointless: JudgeError (credentials, quota, unknown model) or InputError (a verifier that is broken)."""
+
+    @property
+    def spec(self) -> BackendSpec: ...
+
+    async def ask(self, request: JudgeRequest) -> Reply: ...
+
+    async def aclose(self) -> None: ...
+
+
+def open_backend(config: Judge) -> Backend:
+    """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment."""
+    match config:
+        case VerifierJudge():
+            from judges.verifier import VerifierBackend
+
+            return VerifierBackend(config)
+        case OpenAIJudge():
+            from judges.openai_backend import OpenAIBackend
+
+            return OpenAIBackend(config)
+        case _:
+            assert_never(config)

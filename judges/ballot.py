@@ -1,0 +1,48 @@
+"""From a judge's text to an outcome: read once, whole, against the schema. What does not fit is undecided, never a guess."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dpo_loop.types import Ballot, Decided, Prompt, Undecided, UndecidedReason
+from judges.backend import Reply
+
+
+class _RawVerdict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rationale: str
+    winner: Literal["A", "B", "tie"]
+
+
+_P_LEFT = {"A": 1.0, "B": 0.0, "tie": 0.5}
+
+
+def parse_verdict(text: str) -> Decided | Undecided:
+    """The outcome that a schema-constrained reply states.
+
+    There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
+    """
+    try:
+        verdict = _RawVerdict.model_validate_json(text)
+    except ValidationError as error:
+        return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error.errors()[0]['msg']}")
+    return Decided(p_left=_P_LEFT[verdict.winner], rationale=verdict.rationale)
+
+
+def ballot_of(key: str, *, prompt: Prompt, left_id: str, right_id: str, judge: str, reply: Reply) -> Ballot:
+    """The ids are those of the caller: the same two texts may be another run's completions, and the ledger serves both."""
+    return Ballot(
+        key=key,
+        prompt_id=prompt.id,
+        left_id=left_id,
+        right_id=right_id,
+        outcome=reply.outcome,
+        judge=judge,
+        served_model=reply.served_model,
+        raw=reply.raw,
+        usage=reply.usage,
+        cost_usd=reply.cost_usd,
+        latency_s=reply.latency_s,
+    )

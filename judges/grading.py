@@ -1,0 +1,206 @@
+"""Stage `grade`: the evaluation answers of candidate, previous and anchor, each graded alone, and candidate against the other two.
+
+Every policy that is given gets one row for every evaluation prompt: a missing answer is an unscored one, so that nothing can improve a
+rate by being absent. Win rates come from task prompts, in both orders, through the same ledger as the labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_loop.artifacts import Stage
+from dpo_loop.errors import CorruptArtifactError
+from dpo_loop.exchange import BALLOTS, COMPARISONS, GRADES, read_completions, read_prompts
+from dpo_loop.files import write_jsonl
+from dpo_loop.progress import say
+from dpo_loop.types import (
+    Ballot,
+    Comparison,
+    Completion,
+    FinishReason,
+    Grade,
+    GradeRow,
+    PolicyName,
+    Prompt,
+    Side,
+    StageOutcome,
+    Tally,
+    Verdict,
+    VerdictKind,
+)
+from judges.asker import Asker, Candidate
+from judges.backend import open_backend
+from judges.config import GradingConfig, Judge
+from judges.graders import Grader, safety_grader, task_grader
+from judges.ledger import Ledger
+from judges.stage import call_figures, spaced, unique
+from judges.workers import for_each
+
+VERSION = 1
+
+Reference = Literal["previous", "anchor"]
+UNSCORED = "unscored"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    id: str
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+Answers = Mapping[str, Answer]
+"""By prompt id."""
+
+
+def grade_stage(ledger: Path) -> Stage:
+    """The stage bound to a run's ledger."""
+
+    def run(
+        out: Path,
+        *,
+        prompts: Path,
+        candidate: Path,
+        previous: Path | None,
+        anchor: Path | None,
+        grading: GradingConfig,
+        judge: Judge,
+        seed: int,  # noqa: ARG001 - graders are deterministic today; a sampled one will draw from it
+    ) -> StageOutcome:
+        asked = list(read_prompts(prompts))
+        given: dict[PolicyName, Path | None] = {"candidate": candidate, "previous": previous, "anchor": anchor}
+        answers = {policy: read_answers(path) for policy, path in given.items() if path is not None}
+        rows = grade_all(asked, answers, grading)
+        write_jsonl(out / GRADES, rows)
+        win_judge = grading.win_judge or judge
+        comparisons, ballots, metrics = asyncio.run(_compare(asked, answers, win_judge, ledger))
+        write_jsonl(out / COMPARISONS, comparisons)
+        write_jsonl(out / BALLOTS, unique(ballots))
+        return StageOutcome(tallies=tallies(rows, comparisons), metrics=metrics)
+
+    return Stage(name="grade", version=VERSION, run=run)
+
+
+def read_answers(answers: Path) -> dict[str, Answer]:
+    """The one answer to each prompt. Raises CorruptArtifactError if a prompt has two."""
+    found: dict[str, Answer] = {}
+    for completion in read_completions(answers):
+        if completion.prompt_id in found:
+            raise CorruptArtifactError(f"{answers} answers prompt {completion.prompt_id} twice; an evaluation has one answer each")
+        found[completion.prompt_id] = _answer(completion)
+    return found
+
+
+def _answer(completion: Completion) -> Answer:
+    return Answer(completion.id, completion.text, len(completion.token_ids), completion.finish_reason)
+
+
+# ----------------------------------------------------------------------------------------------------------- one answer
+
+
+def grade_all(prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], grading: GradingConfig) -> list[GradeRow]:
+    """Rows by policy, then in the order of `prompts`. Task prompts have no grade where there is no task grader."""
+    task = task_grader(grading.task) if grading.task else None
+    safety = safety_grader(grading.safety)
+    rows = []
+    for policy, given in answers.items():
+        for prompt in prompts:
+            rows.append(_grade(prompt, policy, given.get(prompt.id), task if prompt.side is Side.TASK else safety))
+        say(f"grade: {spaced(len(prompts))} answers of {policy}")
+    return rows
+
+
+def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Grader | None) -> GradeRow:
+    return GradeRow(
+        prompt_id=prompt.id,
+        side=prompt.side,
+        category=prompt.tags.get("category", ""),
+        policy=policy,
+        response=answer.text if answer else "",
+        num_tokens=answer.num_tokens if answer else 0,
+        finish_reason=answer.finish_reason if answer else FinishReason.LENGTH,
+        grade=grader(prompt, answer.text) if answer and grader else None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- two answers
+
+
+async def _compare(
+    prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], judge: Judge, ledger: Path
+) -> tuple[list[Comparison], list[Ballot], dict[str, Any]]:
+    references: list[Reference] = [name for name in ("previous", "anchor") if name in answers]
+    if not references:
+        return [], [], {}
+    backend = open_backend(judge)
+    try:
+        with Ledger(ledger) as book:
+            asker = Asker(backend, book)
+            comparisons, ballots = await compare_all(asker, prompts, answers, references)
+    finally:
+        await backend.aclose()
+    return comparisons, ballots, call_figures(asker, backend)
+
+
+async def compare_all(
+    asker: Asker, prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], references: Sequence[Reference]
+) -> tuple[list[Comparison], list[Ballot]]:
+    """Candidate against each reference on every task prompt; by reference, then in the order of `prompts`."""
+    jobs = [(prompt, vs) for prompt in prompts if prompt.side is Side.TASK for vs in references]
+
+    async def work(job: tuple[Prompt, Reference]) -> tuple[Comparison, tuple[Ballot, ...]]:
+        prompt, vs = job
+        return await compare(asker, prompt, vs, answers["candidate"].get(prompt.id), answers[vs].get(prompt.id))
+
+    def report(num_done: int) -> None:
+        calls = f"{spaced(asker.num_asked)} calls, {spaced(asker.num_known)} known"
+        say(f"grade: {spaced(num_done)}/{spaced(len(jobs))} comparisons, {calls}")
+
+    made = await for_each(jobs, work, concurrency=asker.concurrency, report=report)
+    made.sort(key=lambda pair: references.index(pair[0].vs))
+    return [comparison for comparison, _ in made], [ballot for _, ballots in made for ballot in ballots]
+
+
+async def compare(
+    asker: Asker, prompt: Prompt, vs: Reference, candidate: Answer | None, reference: Answer | None
+) -> tuple[Comparison, tuple[Ballot, ...]]:
+    """Equal texts are a tie that needs no judge; a missing answer leaves the comparison undecided."""
+    if candidate is None or reference is None:
+        undecided = VerdictKind.UNDECIDED
+        return Comparison(prompt_id=prompt.id, vs=vs, kind=undecided, p_candidate=None, ballot_keys=()), ()
+    if candidate.text == reference.text:
+        return Comparison(prompt_id=prompt.id, vs=vs, kind=VerdictKind.TIE, p_candidate=0.5, ballot_keys=()), ()
+    verdict, ballots = await asker.both_orders(
+        prompt, Candidate(candidate.id, candidate.text), Candidate(reference.id, reference.text)
+    )
+    p_candidate = p_of(verdict, candidate.id)
+    keys = verdict.ballot_keys
+    return Comparison(prompt_id=prompt.id, vs=vs, kind=verdict.kind, p_candidate=p_candidate, ballot_keys=keys), ballots
+
+
+def p_of(verdict: Verdict, completion_id: str) -> float | None:
+    """Probability that this one is better: 0.5 when the orders contradict each other, None when one has no decision."""
+    if verdict.p_a is None:
+        return None
+    if verdict.kind is VerdictKind.INCONSISTENT:
+        return 0.5
+    return verdict.p_a if completion_id == verdict.a_id else 1 - verdict.p_a
+
+
+def tallies(rows: Sequence[GradeRow], comparisons: Sequence[Comparison]) -> tuple[Tally, ...]:
+    made = []
+    for policy in dict.fromkeys(row.policy for row in rows):
+        grades = [row.grade.value if row.grade else UNSCORED for row in rows if row.policy == policy]
+        parts = dict.fromkeys([*(grade.value for grade in Grade), UNSCORED], 0) | Counter(grades)
+        made.append(Tally(of=f"answers of {policy}", total=len(grades), parts=dict(parts)))
+    for vs in dict.fromkeys(comparison.vs for comparison in comparisons):
+        kinds = [comparison.kind.value for comparison in comparisons if comparison.vs == vs]
+        parts = dict.fromkeys([kind.value for kind in VerdictKind], 0) | Counter(kinds)
+        made.append(Tally(of=f"comparisons with {vs}", total=len(kinds), parts=dict(parts)))
+    return tuple(made)

@@ -1,0 +1,236 @@
+"""Every judge call, once: a SQLite file with one row per call, keyed by the content of the call.
+
+    planned     known, not under way; the state a call returns to when it failed
+    in_flight   an owner is asking; if that owner's process is dead the call is anyone's again
+    done        a final reply (a decision or a refusal); served from here for ever
+
+Failures are never kept as answers. A killed process leaves rows in flight; they are asked again, and nothing else is. An *owner* is
+one open Ledger; it holds a flock on its own file for as long as its process lives, which is how others see that it does.
+
+WAL with synchronous=NORMAL: a killed process loses nothing, a power cut may lose the last moments' replies but never the file.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dpo_loop.errors import BusyError, CorruptArtifactError, InputError, StorageError
+from dpo_loop.files import hold
+from dpo_loop.types import canonical_json
+from judges.backend import Reply
+
+SCHEMA_VERSION = 1
+FLUSH_ROWS = 2_000
+"""Rows that `keep` holds back before it writes them in one transaction."""
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS calls (
+  key TEXT PRIMARY KEY,
+  status TEXT NOT NULL CHECK (status IN ('planned', 'in_flight', 'done')),
+  owner TEXT,
+  times_asked INTEGER NOT NULL DEFAULT 0,
+  question TEXT NOT NULL,
+  reply TEXT,
+  last_problem TEXT,
+  started_at REAL,
+  finished_at REAL,
+  CHECK ((status = 'done') = (reply IS NOT NULL))
+) WITHOUT ROWID
+"""
+_CLAIM = """
+INSERT INTO calls (key, status, owner, times_asked, question, started_at) VALUES (?, 'in_flight', ?, 1, ?, ?)
+ON CONFLICT (key) DO UPDATE SET status = 'in_flight', owner = excluded.owner, times_asked = times_asked + 1, started_at = excluded.started_at
+"""
+_KEEP = """
+INSERT INTO calls (key, status, times_asked, question, reply, started_at, finished_at) VALUES (?, 'done', 1, ?, ?, ?, ?)
+ON CONFLICT (key) DO UPDATE SET status = 'done', owner = NULL, times_asked = times_asked + 1, reply = excluded.reply, finished_at = excluded.finished_at
+WHERE status != 'done'
+"""
+
+
+class Claim(Enum):
+    MINE = "mine"
+    """Ask, then `settle` or `release`."""
+    THEIRS = "theirs"
+    """Another living owner is asking; look again in a moment."""
+
+
+class Ledger:
+    """Of one thread. Raises StorageError (disk full, read-only), BusyError (locked for 30 s), CorruptArtifactError (not a ledger)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: dict[str, tuple[str, Reply]] = {}
+        self._cleanup = ExitStack()
+        try:
+            self._owner = self._register_owner()
+            self._db = self._open()
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    # --------------------------------------------------------------------------------------------------- asking
+
+    def find(self, key: str) -> Reply | None:
+        """The final reply of a call, None if there is none yet."""
+        if key in self._kept:
+            return self._kept[key][1]
+        with self._errors():
+            row = self._db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
+        return None if row is None or row[0] is None else Reply.model_validate_json(row[0])
+
+    def claim(self, key: str, question: Mapping[str, Any]) -> Reply | Claim:
+        """The final reply if there is one, else who may ask. question: what the key was hashed from, kept for audits."""
+        with self._transaction():
+            row = self._db.execute("SELECT status, owner, reply FROM calls WHERE key = ?", (key,)).fetchone()
+            match row:
+                case ("done", _, reply):
+                    return Reply.model_validate_json(reply)
+                case ("in_flight", owner, _) if owner == self._owner or self._is_alive(owner):
+                    return Claim.THEIRS
+            self._db.execute(_CLAIM, (key, self._owner, canonical_json(question), time.time()))
+            return Claim.MINE
+
+    def settle(self, key: str, reply: Reply) -> None:
+        """End of a claimed call: a final reply is done, any other goes back to be asked again another time."""
+        if reply.is_final:
+            self._end(key, "done", reply.model_dump_json(), None)
+        else:
+            self._end(key, "planned", None, reply.outcome.model_dump_json())
+
+    def release(self, key: str, problem: str) -> None:
+        """End of a claimed call that was cut short: it may be asked again."""
+        self._end(key, "planned", None, json.dumps(problem))
+
+    def keep(self, key: str, question: Mapping[str, Any], reply: Reply) -> None:
+        """A final reply that cost nothing and needed no claim; written with many others, at the latest on closing."""
+        if reply.is_final:
+            self._kept[key] = (canonical_json(question), reply)
+            if len(self._kept) >= FLUSH_ROWS:
+                self.flush()
+
+    def flush(self) -> None:
+        if self._kept:
+            now = time.time()
+            rows = [(key, asked, reply.model_dump_json(), now - reply.latency_s, now) for key, (asked, reply) in self._kept.items()]
+            with self._transaction():
+                self._db.executemany(_KEEP, rows)
+            self._kept.clear()
+
+    def counts(self) -> dict[str, int]:
+        """Rows by status."""
+        self.flush()
+        with self._errors():
+            return dict(self._db.execute("SELECT status, count(*) FROM calls GROUP BY status ORDER BY status").fetchall())
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._db.close()
+            self._cleanup.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _end(self, key: str, status: str, reply: str | None, problem: str | None) -> None:
+        with self._transaction():
+            self._db.execute(
+                "UPDATE calls SET status = ?, owner = NULL, reply = ?, last_problem = ?, finished_at = ? WHERE key = ? AND owner = ?",
+                (status, reply, problem, time.time(), key, self._owner),
+            )
+
+    # --------------------------------------------------------------------------------------------------- owners
+
+    @property
+    def _owners(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.owners")
+
+    def _register_owner(self) -> str:
+        owner = secrets.token_hex(8)
+        with self._errors():
+            self._owners.mkdir(parents=True, exist_ok=True)
+            mark = self._owners / owner
+            self._cleanup.callback(mark.unlink, missing_ok=True)
+            self._cleanup.enter_context(hold(mark, wait_s=0, what=f"owner {owner} of {self.path}"))
+        return owner
+
+    def _is_alive(self, owner: str) -> bool:
+        mark = self._owners / owner
+        if not mark.exists():
+            return False
+        try:
+            with hold(mark, wait_s=0, what=f"owner {owner}"):
+                mark.unlink(missing_ok=True)
+                return False
+        except BusyError:
+            return True
+
+    # --------------------------------------------------------------------------------------------------- database
+
+    def _open(self) -> sqlite3.Connection:
+        with self._errors():
+            db = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = NORMAL")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, SCHEMA_VERSION):
+                    raise InputError(
+                        f"{self.path} is a ledger of version {version}; this dpo-loop reads version {SCHEMA_VERSION}. Use the dpo-loop that wrote "
+                        "it, or move the file away to judge everything anew."
+                    )
+                db.execute(_TABLE)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            except BaseException:
+                db.close()
+                raise
+            return db
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            match getattr(error, "sqlite_errorname", "").split("_")[1:2]:
+                case ["NOTADB" | "CORRUPT"]:
+                    raise CorruptArtifactError(
+                        f"{self.path} is not a readable ledger: {error}. Restore it from a backup, or move it away to judge everything anew."
+                    ) from error
+                case ["FULL" | "READONLY" | "CANTOPEN" | "IOERR" | "PERM"]:
+                    raise StorageError(
+                        f"cannot write the ledger {self.path}: {error}. Free space or mend the permissions, then run the same command again; "
+                        "no finished call is lost."
+                    ) from error
+                case ["BUSY" | "LOCKED"]:
+                    raise BusyError(
+                        f"the ledger {self.path} has been locked by another process for 30 s; try again later."
+                    ) from error
+            raise
+        except PermissionError as error:
+            raise StorageError(
+                f"cannot write beside the ledger {self.path}: {error}. Mend the permissions, then try again."
+            ) from error

@@ -1,0 +1,173 @@
+"""Stage `judge`: K answers per prompt → the best and the worst, and a verdict between them from both orders.
+
+For each prompt: equal texts are one candidate; a randomised knockout picks best and worst (knockout.py); the verdict between
+these two is the only thing a label may come from. All randomness follows from (seed, prompt id), and every call goes through the
+ledger, so a stage that was killed ends with the same judgements and pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dpo_loop.artifacts import Stage
+from dpo_loop.errors import CorruptArtifactError
+from dpo_loop.exchange import BALLOTS, JUDGEMENTS, read_completions, read_prompts
+from dpo_loop.files import write_jsonl
+from dpo_loop.progress import say
+from dpo_loop.types import Ballot, Decided, Prompt, PromptJudgement, StageOutcome, Tally, VerdictKind, content_id
+from judges.asker import Asker, Candidate
+from judges.backend import Backend, open_backend
+from judges.config import Judge
+from judges.knockout import best_and_worst
+from judges.ledger import Ledger
+from judges.workers import for_each
+
+VERSION = 1
+"""Also bumped when a rubric or the layout of a request changes, which the stage's inputs do not show."""
+
+NOTHING_TO_COMPARE = "nothing_to_compare"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    judgement: PromptJudgement
+    final: tuple[Ballot, ...]
+    """The ballots of the verdict, one in each order; empty where there was nothing to compare."""
+    selecting: tuple[Ballot, ...]
+    """The ballots of the knockout."""
+
+
+def judge_stage(ledger: Path) -> Stage:
+    """The stage bound to a run's ledger, which changes what is paid and not what is published."""
+
+    def run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int) -> StageOutcome:
+        return asyncio.run(_run(out, prompts=prompts, completions=completions, judge=judge, seed=seed, ledger=ledger))
+
+    return Stage(name="judge", version=VERSION, run=run)
+
+
+async def _run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int, ledger: Path) -> StageOutcome:
+    asked = list(read_prompts(prompts))
+    candidates = _candidates(completions, asked)
+    backend = open_backend(judge)
+    try:
+        with Ledger(ledger) as book:
+            asker = Asker(backend, book)
+            judged = await judge_prompts(asker, asked, candidates, seed=seed)
+    finally:
+        await backend.aclose()
+    write_jsonl(out / JUDGEMENTS, (item.judgement for item in judged))
+    write_jsonl(out / BALLOTS, unique(ballot for item in judged for ballot in (*item.selecting, *item.final)))
+    return StageOutcome(tallies=(tally(judged),), metrics=figures(judged) | call_figures(asker, backend))
+
+
+def _candidates(completions: Path, prompts: Sequence[Prompt]) -> dict[str, list[Candidate]]:
+    """Per prompt id, the answers in order of k, without their token ids. Raises CorruptArtifactError for an unknown prompt."""
+    found: dict[str, list[Candidate]] = {prompt.id: [] for prompt in prompts}
+    for prompt_id, group in groupby(read_completions(completions), key=lambda completion: completion.prompt_id):
+        if prompt_id not in found:
+            raise CorruptArtifactError(f"{completions} answers prompt {prompt_id}, which is not among the round's prompts")
+        found[prompt_id] += [Candidate(completion.id, completion.text) for completion in group]
+    return found
+
+
+async def judge_prompts(
+    asker: Asker, prompts: Sequence[Prompt], candidates: dict[str, list[Candidate]], *, seed: int
+) -> list[Judged]:
+    """One Judged per prompt, in the order of `prompts`; prompts without an entry in `candidates` have nothing to compare."""
+    seen: Counter[str] = Counter()
+
+    async def work(prompt: Prompt) -> Judged:
+        judged = await judge_prompt(asker, prompt, candidates.get(prompt.id, []), seed=seed)
+        seen[outcome_of(judged)] += 1
+        return judged
+
+    def report(num_done: int) -> None:
+        calls = f"{spaced(asker.num_asked)} calls, {spaced(asker.num_known)} known"
+        say(f"judge: {spaced(num_done)}/{spaced(len(prompts))} prompts, {calls}, {spaced(seen['winner'])} with a winner")
+
+    return await for_each(prompts, work, concurrency=asker.concurrency, report=report)
+
+
+async def judge_prompt(asker: Asker, prompt: Prompt, answers: Sequence[Candidate], *, seed: int) -> Judged:
+    distinct = {answer.text.strip(): answer for answer in reversed(answers)}  # the first of equal texts stands for them
+    by_id = {answer.id: answer for answer in reversed(distinct.values())}
+    if len(by_id) < 2:
+        why = "no answer" if not answers else f"all {len(answers)} answers are the same"
+        judgement = PromptJudgement(prompt_id=prompt.id, best_id=None, worst_id=None, verdict=None, why=why)
+        return Judged(judgement, (), ())
+    selecting: list[Ballot] = []
+
+    async def match(first: str, second: str) -> float | None:
+        ballot = await asker.ask(prompt, by_id[first], by_id[second])
+        selecting.append(ballot)
+        return ballot.outcome.p_left if isinstance(ballot.outcome, Decided) else None
+
+    rng = random.Random(content_id("knockout", seed, prompt.id))
+    best, worst = await best_and_worst(list(by_id), rng, match)
+    verdict, final = await asker.both_orders(prompt, by_id[best], by_id[worst])
+    return Judged(PromptJudgement(prompt_id=prompt.id, best_id=best, worst_id=worst, verdict=verdict), final, tuple(selecting))
+
+
+# ------------------------------------------------------------------------------------------------------------------ figures
+
+
+def outcome_of(judged: Judged) -> str:
+    verdict = judged.judgement.verdict
+    return NOTHING_TO_COMPARE if verdict is None else verdict.kind.value
+
+
+def tally(judged: Sequence[Judged]) -> Tally:
+    parts = dict.fromkeys([*VerdictKind, NOTHING_TO_COMPARE], 0) | Counter(outcome_of(item) for item in judged)
+    return Tally(of="prompts", total=len(judged), parts={str(name): count for name, count in parts.items()})
+
+
+def figures(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Of the confirming ballots: a knockout's matches are shown in one order only and would say nothing about the judge.
+
+    yield: winners per prompt. consistency: share of pairs, decided in both orders, whose orders do not contradict each other.
+    first_position_win_rate: of decided ballots that name a winner, how many name the answer shown first; 0.5 is unbiased.
+    tie_rate: ties among pairs decided in both orders.
+    """
+    kinds = Counter(outcome_of(item) for item in judged)
+    decided = sum(kinds[kind] for kind in VerdictKind if kind is not VerdictKind.UNDECIDED)
+    p_first = [b.outcome.p_left for item in judged for b in item.final if isinstance(b.outcome, Decided)]
+    winners = [p for p in p_first if p != 0.5]
+    return {
+        "yield": rate(kinds[VerdictKind.WINNER], len(judged)),
+        "consistency": rate(decided - kinds[VerdictKind.INCONSISTENT], decided),
+        "first_position_win_rate": rate(sum(p > 0.5 for p in winners), len(winners)),
+        "tie_rate": rate(kinds[VerdictKind.TIE], decided),
+    }
+
+
+def call_figures(asker: Asker, backend: Backend) -> dict[str, Any]:
+    return {
+        "judge": backend.spec.name,
+        "calls_asked": asker.num_asked,
+        "calls_from_ledger": asker.num_known,
+        "undecided_calls": dict(sorted(asker.undecided.items())),
+        "input_tokens": asker.input_tokens,
+        "output_tokens": asker.output_tokens,
+        "cost_usd": asker.cost_usd,
+    }
+
+
+def rate(num: int, of: int) -> float | None:
+    return None if of == 0 else num / of
+
+
+def unique(ballots: Any) -> list[Ballot]:
+    """Each call once, in the order of first use: a final pair may have met in the knockout."""
+    return list({(ballot.key, ballot.left_id, ballot.right_id): ballot for ballot in ballots}.values())
+
+
+def spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")

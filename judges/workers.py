@@ -1,0 +1,47 @@
+"""Many prompts at once, with a bound, in an order that does not depend on who answers first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+REPORT_EVERY_S = 5.0
+
+
+async def for_each(
+    items: Sequence[Item], work: Callable[[Item], Awaitable[Made]], *, concurrency: int, report: Callable[[int], None]
+) -> list[Made]:
+    """work(item) for all items, at most `concurrency` at once; what they made, in the order of `items`.
+
+    report(number done) is called every five seconds and at the end. The first error stops the taking of new items; those under
+    way come to their end, so that no paid reply is thrown away, then the error is raised.
+    """
+    made: dict[int, Made] = {}
+    waiting = iter(range(len(items)))
+    errors: list[BaseException] = []
+    reported_at = time.monotonic()
+
+    async def worker() -> None:
+        nonlocal reported_at
+        for index in waiting:
+            if errors:
+                return
+            try:
+                made[index] = await work(items[index])
+            except Exception as error:
+                errors.append(error)
+                return
+            if time.monotonic() - reported_at >= REPORT_EVERY_S:
+                reported_at = time.monotonic()
+                report(len(made))
+
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(items)))))
+    if errors:
+        raise errors[0]
+    report(len(made))
+    return [made[index] for index in range(len(items))]
