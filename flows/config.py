@@ -1,26 +1,54 @@
-"""RunConfig: one YAML file, the parameters of the flows, and what is recorded with a run, in one schema."""
+"""RunConfig: one YAML file, the parameters of the flows, and what is recorded with a run, in one schema.
+
+YAML → dict → `--set a.b=c` → RunConfig. All problems of a file are reported together, each opening with the dotted path of its key.
+"""
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
+import yaml
+from pydantic import Field, ValidationError
+
+from dpo_loop.artifacts import fingerprint
 from dpo_loop.config import (
     AnswerConfig,
     GateConfig,
     GenerationConfig,
+    JsonlPool,
     PairingConfig,
+    Pool,
     PromptsConfig,
+    SftStart,
     Start,
     TinyWorldConfig,
     TrainingConfig,
 )
+from dpo_loop.errors import ConfigError
 from dpo_loop.types import Record
 from judges.config import GradingConfig, Judge
+
+WORLD_PREFIX = "world:"
 
 
 class RunConfig(Record):
     """Everything about a run. A path that begins with `world:` is a file of the run's own tiny world."""
 
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {
+            "run_dir",
+            "rounds",
+            "max_consecutive_failures",
+            "stage_retries",
+            "stage_timeout_s",
+            "stage_python",
+            "review_timeout_s",
+            "start",
+        }
+    )
     run_id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)
     run_dir: str
     rounds: int = Field(3, ge=1)
@@ -38,6 +66,181 @@ class RunConfig(Record):
     max_consecutive_failures: int = Field(2, ge=1)
     """Rounds in a row without promotion after which the loop stops."""
     stage_retries: int = Field(2, ge=0)
+    """How often a stage that failed for a passing reason (outage, time-out, killed) is tried again."""
     stage_timeout_s: float | None = Field(None, gt=0)
+    stage_python: dict[str, str] = Field(default_factory=dict)
+    """Stage name → interpreter that runs it, where that is not the flow's own."""
     review_timeout_s: float = Field(0.0, ge=0)
-    """How long a round that needs a person is waited for before the loop goes on with the previous policy."""
+    """How long a round that needs a person is waited for before the loop goes on with the previous policy; 0 ends the command."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config in a YAML file with `a.b=c` overrides (values are YAML too), relative paths made absolute from here.
+
+    Raises ConfigError with every problem: unknown key, wrong type, out of range, unreadable override.
+    """
+    return parse_config(read_raw(path, overrides))
+
+
+def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    try:
+        return resolve_paths(RunConfig.model_validate(raw))
+    except ValidationError as error:
+        raise ConfigError(schema_problems(error, raw)) from None
+
+
+def read_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The file as a dict with the overrides applied. Raises ConfigError if either cannot be read."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{path} does not exist; give the path of a YAML file, such as deploy/configs/demo.yaml"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path} holds {type(raw).__name__} instead of keys and values"])
+    return apply_overrides(raw, overrides)
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`raw` with each `a.b=c` set; a number in a path is an index of a list. Raises ConfigError listing those that do not fit."""
+    changed = yaml.safe_load(yaml.safe_dump(dict(raw)))
+    problems = [problem for text in overrides if (problem := _override(changed, text))]
+    if problems:
+        raise ConfigError(problems)
+    assert isinstance(changed, dict)
+    return changed
+
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    name, equals, value_text = text.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        return f"--set {text}: write it as key=value, for example training.optimizer.lr=1e-5"
+    try:
+        value = yaml.safe_load(value_text)
+    except yaml.YAMLError as error:
+        return f"{name}: --set value {value_text!r} is not YAML: {' '.join(str(error).split())}"
+    place: Any = raw
+    for part in parts[:-1]:
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+        else:
+            return f"{name}: --set cannot reach it, {part!r} is inside a single value"
+    if isinstance(place, list) and parts[-1].isdigit() and int(parts[-1]) < len(place):
+        place[int(parts[-1])] = value
+    elif isinstance(place, dict):
+        place[parts[-1]] = value
+    else:
+        return f"{name}: --set cannot reach it, {parts[-1]!r} is inside a single value"
+    return None
+
+
+def schema_problems(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
+    """One line per pydantic error, in the order of the file, with the path as the user wrote it."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in written_path(item["loc"], raw))
+        match item["type"]:
+            case "extra_forbidden":
+                text = "unknown key; remove it or mend its spelling"
+            case "missing":
+                text = "is missing"
+            case _:
+                text = re.sub(r"^Value error, ", "", item["msg"])
+                text = text[:1].lower() + text[1:]
+                if not isinstance(item["input"], dict | list):
+                    text += f", not {item['input']!r}"
+        lines.append(f"{path or 'the file'}: {text}")
+    return lines
+
+
+def written_path(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
+    """A pydantic location without the tags of unions, which are not keys of the file."""
+    path: list[int | str] = []
+    for part in loc:
+        if isinstance(raw, Mapping) and part not in raw and raw.get("kind") == part:
+            continue
+        path.append(part)
+        if isinstance(raw, Mapping):
+            raw = raw.get(part)
+        elif isinstance(raw, list | tuple) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        else:
+            raw = None
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """Relative paths made absolute, since stages may run in another directory; hub ids and `world:` files stay as they are."""
+    start = config.start
+    changes: dict[str, Any] = {"model": _absolute_model(start.model)}
+    if isinstance(start, SftStart):
+        changes["demonstrations"] = _absolute(start.demonstrations)
+    elif start.adapter is not None:
+        changes["adapter"] = _absolute(start.adapter)
+    prompts = config.prompts.model_copy(
+        update={
+            "pool": _absolute_pool(config.prompts.pool),
+            "eval_sets": tuple(_absolute_pool(pool) for pool in config.prompts.eval_sets),
+        }
+    )
+    return config.model_copy(
+        update={"run_dir": _absolute(config.run_dir), "start": start.model_copy(update=changes), "prompts": prompts}
+    )
+
+
+def is_hub_id(model: str) -> bool:
+    """`name` or `owner/name`, and no directory of that name here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)) and not Path(model).is_dir()
+
+
+def _absolute_model(model: str) -> str:
+    return model if is_hub_id(model) else _absolute(model)
+
+
+def _absolute_pool(pool: Pool) -> Pool:
+    return pool.model_copy(update={"path": _absolute(pool.path)}) if isinstance(pool, JsonlPool) else pool
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith(WORLD_PREFIX) else str(Path(path).expanduser().absolute())
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def placeless_start(start: Start) -> Start:
+    """The start without locations: what is at them reaches a key as content, so a run and its model can move."""
+    names: dict[str, Any] = {} if is_hub_id(start.model) else {"model": Path(start.model).name}
+    if isinstance(start, SftStart):
+        names["demonstrations"] = Path(start.demonstrations).name
+    elif start.adapter is not None:
+        names["adapter"] = Path(start.adapter).name
+    return start.model_copy(update=names)
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """`path: old → new` for every key that changes what a run makes; empty when both describe the same run."""
+    pairs = [(fingerprint(config) | {"start": fingerprint(placeless_start(config.start))}) for config in (old, new)]
+    return list(_differences("", *pairs))
+
+
+def _differences(path: str, old: Any, new: Any) -> Iterable[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(f"{path}.{name}" if path else name, old.get(name), new.get(name))
+    elif old != new:
+        yield f"{path}: {old} → {new}"

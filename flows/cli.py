@@ -1,0 +1,226 @@
+"""`dpo-loop …`. Only click is imported here; every command imports what it needs, so that help and light stages start at once.
+
+Exit codes: 0 done / PASS, 2 fix your input, 10 FAIL, 11 INCONCLUSIVE, 12 NEEDS_REVIEW, 13 INVALID, 75 try again, 1 a bug (with traceback).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from dpo_loop.layout import RunDir
+    from flows.config import RunConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+INTERRUPTED = 130
+DEMO_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "configs" / "demo.yaml"
+
+
+class _Group(click.Group):
+    """Our own errors print their message and end with their code; anything else is a bug and shows its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from dpo_loop.errors import DpoLoopError
+
+        try:
+            return super().invoke(ctx)
+        except DpoLoopError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on where it was", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _run_dir(_ctx: click.Context, _param: click.Parameter, value: str) -> RunDir:
+    from dpo_loop.layout import RunDir
+    from flows.steps import read_run_config
+
+    run = RunDir(Path(value).absolute())
+    read_run_config(run)
+    return run
+
+
+_run_argument = click.argument("run", metavar="RUN", callback=_run_dir)
+_json_flag = click.option("--json", "as_json", is_flag=True, help="End with one JSON line for machines.")
+
+
+def _config_options(command: Command) -> Command:
+    options = (
+        click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="Change a key of the config; the value is YAML."),
+        click.option("--skip-bad-prompts", is_flag=True, help="Count unreadable prompts and go on (prompts.skip_bad=true)."),
+        _json_flag,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dpo-loop")
+def main() -> None:
+    """Iterative DPO: generate, judge, pair, train, gate, promote, round after round.
+
+    Every command may be run again after any crash: it goes on where it was.
+    """
+
+
+# ------------------------------------------------------------------------------------------------------------- playing
+
+
+@main.command()
+@_config_options
+def demo(overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:
+    """Play the tiny world, every part real, in minutes on a CPU (into runs/demo)."""
+    from dpo_loop.errors import InputError
+
+    if not DEMO_CONFIG.is_file():
+        raise InputError(f"{DEMO_CONFIG} does not exist; the demo is run from a checkout of the project (pip install -e .)")
+    _play(DEMO_CONFIG, overrides, skip_bad_prompts, as_json, one_round=False)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_config_options
+def run(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:
+    """Play the rounds of CONFIG, or go on with them, until a stop rule says stop."""
+    _play(config, overrides, skip_bad_prompts, as_json, one_round=False)
+
+
+@main.command(name="round")
+@click.argument("config", type=click.Path(path_type=Path))
+@_config_options
+def one_more_round(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:
+    """Play one more round of CONFIG, whatever its stop rules say."""
+    _play(config, overrides, skip_bad_prompts, as_json, one_round=True)
+
+
+def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:
+    from flows.play import play
+    from flows.preflight import checked_config
+
+    if skip_bad:
+        overrides = (*overrides, "prompts.skip_bad=true")
+    config: RunConfig = checked_config(path, overrides)
+    sys.exit(play(config, one_round=one_round, as_json=as_json))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--run", "run", required=True, metavar="RUN", callback=_run_dir, help="A run directory.")
+@click.option("--round", "round_number", required=True, type=click.IntRange(min=0))
+@_json_flag
+def step(name: str, run: RunDir, round_number: int, as_json: bool) -> None:
+    """Run one stage in this process, or check that it is published. Flows start every stage this way."""
+    from flows.rounds import begin_round
+    from flows.steps import run_step
+    from flows.supervise import die_with_parent
+
+    die_with_parent()
+    begin_round(run, round_number)
+    manifest = run_step(run, round_number, name)
+    if as_json:
+        click.echo(manifest.model_dump_json())
+    else:
+        click.echo(f"{name}: published at {run.round(round_number).stage(name)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- looking
+
+
+@main.command()
+@_run_argument
+@_json_flag
+def status(run: RunDir, as_json: bool) -> None:
+    """What RUN does now: who plays it, which stage, its last line; or what it waits for."""
+    from flows.show import run_status
+
+    found = run_status(run)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        if value not in (None, {}):
+            click.echo(f"{name.replace('_', ' ')}: " + ("\n  ".join(("", *value)) if isinstance(value, list) else str(value)))
+
+
+@main.command()
+@_run_argument
+@click.argument("round_number", metavar="[ROUND]", required=False, type=click.IntRange(min=0))
+@_json_flag
+def show(run: RunDir, round_number: int | None, as_json: bool) -> None:
+    """The table of RUN's rounds, or one round in detail."""
+    from rich.console import Console
+
+    from flows.show import print_round, print_run, run_json
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if round_number is not None:
+        print_round(console, run, round_number)
+    else:
+        print_run(console, run)
+    if as_json:
+        click.echo(run_json(run))
+
+
+# ------------------------------------------------------------------------------------------------------------ deciding
+
+
+def _decision_options(command: Command) -> Command:
+    for option in (
+        click.option("--reason", required=True, help="Why; kept with the decision."),
+        click.option("--reviewer", required=True, help="Your name; kept with the decision. A claim, not an identity."),
+        click.argument("round_number", metavar="ROUND", type=click.IntRange(min=0)),
+        _run_argument,
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_decision_options
+def approve(run: RunDir, round_number: int, reviewer: str, reason: str) -> None:
+    """Promote the candidate of a ROUND that the gate could not decide."""
+    _decide(run, round_number, True, reviewer, reason)
+
+
+@main.command()
+@_decision_options
+def reject(run: RunDir, round_number: int, reviewer: str, reason: str) -> None:
+    """Keep the previous policy in a ROUND that the gate could not decide."""
+    _decide(run, round_number, False, reviewer, reason)
+
+
+def _decide(run: RunDir, round_number: int, approved: bool, reviewer: str, reason: str) -> None:
+    from flows.approval import decide
+
+    decision = decide(run, round_number, "approve" if approved else "reject", reviewer=reviewer, reason=reason)
+    click.echo(f"round {round_number}: {decision.decision} by {decision.reviewer}, kept at {run.approval(decision.report_sha256)}")
+    click.echo("Run the command that plays this run again to go on.")
+
+
+@main.command()
+@_json_flag
+def doctor(as_json: bool) -> None:
+    """What this machine has: interpreter, packages, accelerator, memory, disk, Prefect."""
+    from flows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        for finding in findings:
+            click.echo(f"{'ok  ' if finding.ok else 'MISS'}  {finding.what:<12} {finding.found}")
+            if not finding.ok:
+                click.echo(f"      {'':<12} {finding.way_out}")
+    sys.exit(0 if all(finding.ok for finding in findings) else 2)
+
+
+if __name__ == "__main__":
+    main()

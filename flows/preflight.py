@@ -1,0 +1,230 @@
+"""What can be known before anything starts, checked before anything starts, and listed together.
+
+Each problem opens with the dotted path of the key that mends it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo_loop.config import JsonlPool, ModelStart, Pool, SftStart
+from dpo_loop.errors import ConfigError
+from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0
+from dpo_loop.policies import adapter_problems, model_problems
+from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
+from judges.config import Judge, OpenAIJudge, VerifierGrader, VerifierJudge
+
+WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
+
+
+def checked_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """`load_config` and `preflight` together: one ConfigError with the problems of both."""
+    return check(read_raw(path, overrides))
+
+
+def check(raw: Mapping[str, Any]) -> RunConfig:
+    """A raw config made whole and checked. Where single keys are wrong, the rest is still checked with their defaults."""
+    problems: list[str] = []
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems += schema_problems(error, raw)
+        config = _without_wrong_keys(raw, error)
+    if config is not None:
+        config = resolve_paths(config)
+        named = {line.partition(":")[0] for line in problems}
+        problems += [line for line in preflight(config) if line.partition(":")[0] not in named]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _without_wrong_keys(raw: Mapping[str, Any], error: ValidationError) -> RunConfig | None:
+    rest = json.loads(json.dumps(raw, default=str))
+    for item in error.errors():
+        if item["type"] == "missing":
+            return None
+        *path, last = written_path(item["loc"], raw)
+        place = rest
+        for part in path:
+            place = place[part]
+        if not isinstance(place, dict):
+            return None
+        place.pop(str(last), None)
+    try:
+        return RunConfig.model_validate(rest)
+    except ValidationError:
+        return None
+
+
+def preflight(config: RunConfig) -> list[str]:
+    """Every reason why this run cannot succeed here; empty when there is none. Needs no network and starts nothing."""
+    return [
+        *_run_dir_problems(config),
+        *_start_problems(config),
+        *_pool_problems(config),
+        *_engine_problems(config),
+        *_judge_problems(config),
+        *_gate_problems(config),
+        *_stage_python_problems(config),
+    ]
+
+
+def _run_dir_problems(config: RunConfig) -> Iterator[str]:
+    path = Path(config.run_dir)
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir():
+        yield f"run_dir: {place} is not a directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"run_dir: {place} is not writable; mend its permissions or choose another run_dir"
+
+
+def _start_problems(config: RunConfig) -> Iterator[str]:
+    start = config.start
+    if start.model.startswith(WORLD_PREFIX):
+        yield from _world_problems(config, "start.model", start.model)
+    elif is_hub_id(start.model):
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _in_hub_cache(start.model, start.revision):
+            yield (
+                f"start.model: {start.model} is neither a directory here nor in the local Hugging Face cache, and HF_HUB_OFFLINE is set; "
+                "download it first or give the directory of a model"
+            )
+    else:
+        base = Path(start.model)
+        yield from (f"start.model: {line}" for line in model_problems(base))
+        if base.is_dir():
+            yield from _context_problems(config, base)
+    match start:
+        case SftStart():
+            yield from _file_problems(config, "start.demonstrations", start.demonstrations)
+            if start.sft.lora is not None:
+                yield from _rank_problems(config, "start.sft.lora.rank", start.sft.lora.rank)
+        case ModelStart(adapter=str(adapter)):
+            known_base = not start.model.startswith(WORLD_PREFIX) and not is_hub_id(start.model)
+            limit = config.generation.engine.max_lora_rank
+            if not Path(adapter).is_dir():
+                yield f"start.adapter: {adapter} is not a directory; give a PEFT adapter saved with `save_pretrained`"
+            elif known_base:
+                yield from (f"start.adapter: {line}" for line in adapter_problems(Path(adapter), Path(start.model), max_rank=limit))
+
+
+def _in_hub_cache(model: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
+
+
+def _context_problems(config: RunConfig, base: Path) -> Iterator[str]:
+    try:
+        limit = json.loads((base / "config.json").read_text()).get("max_position_embeddings")
+    except (OSError, ValueError):
+        return
+    if isinstance(limit, int) and config.generation.engine.max_model_len > limit:
+        yield (
+            f"generation.engine.max_model_len: {config.generation.engine.max_model_len} is above the {limit} positions of the model; "
+            f"lower it to {limit}"
+        )
+
+
+def _pool_problems(config: RunConfig) -> Iterator[str]:
+    named: list[tuple[str, Pool]] = [("prompts.pool", config.prompts.pool)]
+    named += [(f"prompts.eval_sets.{index}", pool) for index, pool in enumerate(config.prompts.eval_sets)]
+    for name, pool in named:
+        if isinstance(pool, JsonlPool):
+            yield from _file_problems(config, f"{name}.path", pool.path)
+
+
+def _file_problems(config: RunConfig, name: str, path: str) -> Iterator[str]:
+    if path.startswith(WORLD_PREFIX):
+        yield from _world_problems(config, name, path)
+    elif not Path(path).is_file():
+        yield f"{name}: {path} does not exist" if not Path(path).exists() else f"{name}: {path} is not a file"
+    elif not os.access(path, os.R_OK):
+        yield f"{name}: {path} is not readable"
+
+
+def _world_problems(config: RunConfig, name: str, path: str) -> Iterator[str]:
+    if config.world is None:
+        yield f"{name}: {path} is a file of a tiny world, but the config has no `world:`"
+    elif path.removeprefix(WORLD_PREFIX) not in WORLD_FILES:
+        yield f"{name}: {path} is not one of {', '.join(WORLD_PREFIX + known for known in WORLD_FILES)}"
+
+
+def _engine_problems(config: RunConfig) -> Iterator[str]:
+    engine = config.generation.engine
+    yield from _rank_problems(config, "training.lora.rank", config.training.lora.rank)
+    for name, num_tokens in (
+        ("generation.max_new_tokens", config.generation.max_new_tokens),
+        ("answering.max_new_tokens", config.answering.max_new_tokens),
+    ):
+        if num_tokens >= engine.max_model_len:
+            yield (
+                f"{name}: {num_tokens} leaves no room for a prompt in a context of {engine.max_model_len} tokens; lower it or raise "
+                "generation.engine.max_model_len"
+            )
+
+
+def _rank_problems(config: RunConfig, name: str, rank: int) -> Iterator[str]:
+    limit = config.generation.engine.max_lora_rank
+    if rank > limit:
+        yield f"{name}: {rank} is above the engine's limit {limit}; raise generation.engine.max_lora_rank or lower the rank"
+
+
+def _judge_problems(config: RunConfig) -> Iterator[str]:
+    judges: list[tuple[str, Judge | None]] = [("judge", config.judge), ("grading.win_judge", config.grading.win_judge)]
+    for name, judge in judges:
+        match judge:
+            case OpenAIJudge():
+                if not os.environ.get(judge.api_key_env):
+                    yield (
+                        f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "
+                        "without keys)"
+                    )
+            case VerifierJudge():
+                yield from _function_problems(f"{name}.function", judge.function)
+    for name, grader in (("grading.task", config.grading.task), ("grading.safety", config.grading.safety)):
+        if isinstance(grader, VerifierGrader):
+            yield from _function_problems(f"{name}.function", grader.function)
+
+
+def _function_problems(name: str, function: str) -> Iterator[str]:
+    """The stage's process has the working directory on its path, as `python -m` does; so has this check."""
+    module, _, attribute = function.partition(":")
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # a user's module may raise anything on import
+        yield f"{name}: cannot import {module}: {type(error).__name__}: {error}"
+        return
+    if not callable(found):
+        yield f"{name}: {module} has no function {attribute}"
+
+
+def _gate_problems(config: RunConfig) -> Iterator[str]:
+    seen: set[str] = set()
+    for index, rule in enumerate(config.gate.checks):
+        if rule.id in seen:
+            yield f"gate.checks.{index}.id: {rule.id} is there twice"
+        seen.add(rule.id)
+        if rule.metric == "pass_rate" and config.grading.task is None:
+            yield f"gate.checks.{index}.metric: pass_rate needs a task grader; set grading.task or remove the check"
+
+
+def _stage_python_problems(config: RunConfig) -> Iterator[str]:
+    for stage, python in config.stage_python.items():
+        if stage not in {*STAGES, *STAGES_OF_ROUND_0}:
+            yield f"stage_python.{stage}: there is no such stage; stages are {', '.join(dict.fromkeys((*STAGES_OF_ROUND_0, *STAGES)))}"
+        elif shutil.which(python) is None:
+            yield f"stage_python.{stage}: {python} is not a program here"

@@ -1,0 +1,203 @@
+"""Tables and JSON of a run for people and machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_loop.artifacts import read_manifest
+from dpo_loop.errors import InputError
+from dpo_loop.exchange import read_gate_report
+from dpo_loop.layout import RunDir
+from dpo_loop.types import GateState, RoundSummary
+from flows.approval import how_to_decide
+from flows.rounds import RoundState, current_policy, next_round, state_of
+from flows.steps import read_failure, read_run_config, stages_of
+from flows.summary import row_of, summaries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_COLOURS = {
+    GateState.PASS: "green",
+    GateState.FAIL: "red",
+    GateState.INVALID: "red",
+    GateState.NEEDS_REVIEW: "yellow",
+    GateState.INCONCLUSIVE: "yellow",
+}
+
+
+def rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def interval(value: float | None, ci: tuple[float, float] | None) -> str:
+    return rate(value) if value is None or ci is None else f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
+
+
+def run_json(run: RunDir) -> str:
+    """The one line that other programs read: {"rounds": [...]}, round 0 first; report paths absolute."""
+    return json.dumps({"rounds": [_absolute_report(run, row) for row in summaries(run)]})
+
+
+def _absolute_report(run: RunDir, row: RoundSummary) -> dict[str, Any]:
+    report = None if row.report is None else str((run.path / row.report).absolute())
+    return {**row.model_dump(mode="json"), "report": report}
+
+
+def rounds_table(rows: tuple[RoundSummary, ...], *, title: str | None = None) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in ("round", "pairs", "pass rate", "win vs previous", "win vs anchor", "harmful", "over-refusal", "gate", "policy"):
+        table.add_column(heading, justify="left" if heading in ("gate", "policy") else "right", no_wrap=heading == "round")
+    for row in rows:
+        gate = "–" if row.gate is None else f"[{_COLOURS[row.gate]}]{row.gate.value}[/]"
+        table.add_row(
+            str(row.round),
+            "–" if row.num_pairs is None else str(row.num_pairs),
+            rate(row.pass_rate),
+            interval(row.win_rate_previous, row.win_rate_previous_ci),
+            interval(row.win_rate_anchor, row.win_rate_anchor_ci),
+            rate(row.harmful_rate),
+            rate(row.over_refusal_rate),
+            gate,
+            "start" if row.round == 0 else "promoted" if row.promoted else "kept",
+        )
+    return table
+
+
+def seconds_table(rows: tuple[RoundSummary, ...]) -> Table:
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in rows for name in row.seconds))
+    table = Table(title="seconds per stage", title_justify="left")
+    for heading in ("round", *names, "all"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = (f"{row.seconds[name]:.1f}" if name in row.seconds else "–" for name in names)
+        table.add_row(str(row.round), *cells, f"{sum(row.seconds.values()):.1f}")
+    return table
+
+
+def print_run(console: Console, run: RunDir) -> None:
+    rows = summaries(run)
+    console.print(rounds_table(rows, title=f"run {read_run_config(run).run_id}"))
+    console.print(seconds_table(rows))
+    for row in rows:
+        if row.gate not in (None, GateState.PASS):
+            for reason in row.reasons:
+                console.print(f"round {row.round}: {reason}", markup=False, highlight=False)
+    if run.index_page.is_file():
+        console.print(f"report: {run.index_page}", markup=False, highlight=False, soft_wrap=True)
+    waiting = next_round(run)
+    if state_of(run, waiting) is RoundState.WAITING:
+        console.print(
+            f"round {waiting} waits for a person:\n{how_to_decide(run, waiting)}", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def print_round(console: Console, run: RunDir, round_number: int) -> None:
+    """One round in detail: its row, the counts of each stage, the checks of its gate."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if state_of(run, round_number) is RoundState.NEW:
+        raise InputError(f"{run.path} has no round {round_number}; it has rounds 0 to {len(run.rounds()) - 1}")
+    row = row_of(run, round_number)
+    console.print(rounds_table((row,), title=f"round {round_number}"))
+    stages = Table(title="stages", title_justify="left")
+    for heading in ("stage", "seconds", "counts", "figures"):
+        stages.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for name in stages_of(read_run_config(run), round_number):
+        manifest = read_manifest(run.round(round_number).stage(name))
+        if manifest is None:
+            continue
+        counts = "; ".join(
+            f"{t.total} {t.of} = " + " + ".join(f"{n} {part}" for part, n in t.parts.items() if n) for t in manifest.outcome.tallies
+        )
+        figures = ", ".join(
+            f"{n} {_short(value)}" for n, value in manifest.outcome.metrics.items() if isinstance(value, int | float | str)
+        )
+        stages.add_row(name, f"{manifest.seconds:.1f}", escape(counts), escape(figures))
+    console.print(stages)
+    gate_dir = run.round(round_number).stage("gate")
+    if read_manifest(gate_dir):
+        checks = Table(title="checks", title_justify="left")
+        for heading in ("check", "state", "value", "reference", "difference", "margin", "why"):
+            checks.add_column(heading)
+        for check in read_gate_report(gate_dir).checks:
+            ci = None if check.ci_low is None or check.ci_high is None else (check.ci_low, check.ci_high)
+            checks.add_row(
+                check.id,
+                f"[{_COLOURS[check.state]}]{check.state.value}[/]",
+                rate(check.value),
+                rate(check.reference),
+                interval(check.delta if check.delta is not None else check.value, ci),
+                rate(check.margin),
+                escape(check.why),
+            )
+        console.print(checks)
+    for reason in row.reasons:
+        console.print(reason, markup=False, highlight=False)
+
+
+def _short(value: float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def run_status(run: RunDir) -> dict[str, Any]:
+    """Where a run stands now, from its files alone."""
+    config = read_run_config(run)
+    number = next_round(run)
+    state = state_of(run, number)
+    status: dict[str, Any] = {
+        "run_id": config.run_id,
+        "rounds_asked": config.rounds,
+        "rounds_finished": max(number - 1, 0),
+        "policy_of_round": current_policy(run).round if run.current.is_file() else None,
+        "player_pid": _player(run),
+        "round": None if state is RoundState.NEW else number,
+        "round_state": None if state is RoundState.NEW else state.value,
+        "stage": None,
+        "last_line": None,
+        "failures": {},
+    }
+    if state is RoundState.PLAYING:
+        here = run.round(number)
+        todo = [name for name in stages_of(config, number) if read_manifest(here.stage(name)) is None]
+        status["stage"] = todo[0] if todo else None
+        if todo and (log := run.log(number, todo[0])).is_file():
+            status["last_line"] = _last_line(log)
+            status["log_age_s"] = round(time.time() - log.stat().st_mtime, 1)
+        found = ((name, read_failure(here, name)) for name in stages_of(config, number))
+        status["failures"] = {name: failure.message for name, failure in found if failure is not None}
+    if state is RoundState.WAITING:
+        status["decide"] = how_to_decide(run, number).splitlines()
+    return status
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _player(run: RunDir) -> int | None:
+    """Pid of the process that plays the run, None if nobody does."""
+    import fcntl
+
+    if not run.lease.is_file():
+        return None
+    with run.lease.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read().strip()
+            return int(text) if text.isdigit() else os.getpid()
+    return None

@@ -1,0 +1,331 @@
+"""Which config and which files each stage of a round gets, and how one is run. Everything is read from the run directory, so a stage can
+be run by a flow, in another container or by hand: `dpo-loop step train --run runs/demo --round 3`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from dpo_loop import errors
+from dpo_loop.artifacts import Stage, materialize, now, read_manifest
+from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
+from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError, StageFailedError
+from dpo_loop.files import write_json
+from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RoundDir, RunDir
+from dpo_loop.policies import read_blessing, read_policy
+from dpo_loop.types import Blessing, PolicyRef, Record, StageManifest
+from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
+
+# --------------------------------------------------------------------------------------------------------- which stages
+
+
+def stages_of(config: RunConfig, round_number: int) -> tuple[str, ...]:
+    """The stages of a round in order."""
+    if round_number > 0:
+        return STAGES
+    return tuple(name for name in STAGES_OF_ROUND_0 if name != "world" or config.world is not None)
+
+
+def read_run_config(run: RunDir) -> RunConfig:
+    """Raises InputError where there is no run."""
+    if not run.config.is_file():
+        raise InputError(f"{run.path} is not a run directory: it has no {run.config.name}. Start one with `dpo-loop run CONFIG`.")
+    return RunConfig.model_validate_json(run.config.read_bytes())
+
+
+def pinned_parent(run: RunDir, round_number: int) -> Blessing:
+    """The blessing of the policy that a round generates with. Raises InputError if the round has not begun."""
+    path = run.round(round_number).parent
+    if not path.is_file():
+        raise InputError(f"round {round_number} of {run.path} has not begun; start it with `dpo-loop round CONFIG`")
+    return read_blessing(path, run=run.path)
+
+
+def is_published(run: RunDir, round_number: int, name: str) -> bool:
+    return read_manifest(run.round(round_number).stage(name)) is not None
+
+
+# ----------------------------------------------------------------------------------------------------------- its inputs
+
+
+def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, Any]]:
+    """The stage and its inputs. Raises InputError for a stage that this round does not have."""
+    config = read_run_config(run)
+    if name not in stages_of(config, round_number):
+        raise InputError(f"round {round_number} has no stage {name}; it has {', '.join(stages_of(config, round_number))}")
+    invalid = invalid_reasons(run, round_number) if name == "gate" else ()
+    return _stage(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
+
+
+def _stage(run: RunDir, name: str, *, invalid: bool) -> Stage:
+    """Rooms are imported here and nowhere else, so that a command loads only what its stage needs."""
+    match name:
+        case "world":
+            from dpo_loop.quickstart.stage import WORLD
+
+            return WORLD
+        case "seed":
+            from dpo_loop.training.seed import SEED
+
+            return SEED
+        case "evalset":
+            from dpo_loop.prompts.stage import EVALSET
+
+            return EVALSET
+        case "prompts":
+            from dpo_loop.prompts.stage import PROMPTS
+
+            return PROMPTS
+        case "generate":
+            from dpo_loop.generation.stage import GENERATE
+
+            return GENERATE
+        case "judge":
+            from judges.stage import judge_stage
+
+            return judge_stage(run.ledger)
+        case "pair":
+            from dpo_loop.pairing.stage import PAIR
+
+            return PAIR
+        case "train":
+            from dpo_loop.training.stage import TRAIN
+
+            return TRAIN
+        case "answer":
+            from dpo_loop.generation.stage import ANSWER
+
+            return ANSWER
+        case "grade":
+            from judges.grading import grade_stage
+
+            return grade_stage(run.ledger)
+        case "gate":
+            from dpo_loop.evaluation.stage import GATE, GATE_INVALID
+
+            return GATE_INVALID if invalid else GATE
+        case "report":
+            from dpo_loop.reporting.stage import REPORT
+
+            return REPORT
+    raise InputError(f"there is no stage {name}")
+
+
+def _inputs(run: RunDir, round_number: int, name: str, config: RunConfig, invalid: tuple[str, ...]) -> dict[str, Any]:
+    here, first = run.round(round_number), run.round(0)
+    evalset = first.stage("evalset")
+    match name:
+        case "world":
+            return {"config": config.world}
+        case "seed":
+            return _seed_inputs(run, config)
+        case "evalset":
+            return {
+                "config": config.prompts,
+                "pool": _pool_file(run, config.prompts.pool),
+                "eval_sets": tuple(_pool_file(run, pool) for pool in config.prompts.eval_sets),
+                "seed": config.seed,
+            }
+        case "prompts":
+            return {
+                "config": config.prompts,
+                "pool": _pool_file(run, config.prompts.pool),
+                "evalset": evalset,
+                "round": round_number,
+                "seed": config.seed,
+            }
+        case "generate":
+            return {
+                "prompts": here.stage("prompts"),
+                "policy": pinned_parent(run, round_number).policy,
+                "config": config.generation,
+                "run_id": config.run_id,
+                "round": round_number,
+                "seed": config.seed,
+            }
+        case "judge":
+            return {
+                "prompts": here.stage("prompts"),
+                "completions": here.stage("generate"),
+                "judge": config.judge,
+                "seed": config.seed,
+            }
+        case "pair":
+            return {
+                "prompts": here.stage("prompts"),
+                "completions": here.stage("generate"),
+                "judgements": here.stage("judge"),
+                "config": config.pairing,
+            }
+        case "train":
+            return {
+                "pairs": here.stage("pair"),
+                "policy": pinned_parent(run, round_number).policy,
+                "run_start": read_policy(first.stage("seed")),
+                "config": config.training,
+            }
+        case "answer":
+            return {
+                "prompts": evalset,
+                "policy": candidate_of(run, round_number),
+                "engine": config.generation.engine,
+                "config": config.answering,
+                "seed": config.seed,
+            }
+        case "grade":
+            played = round_number > 0
+            return {
+                "prompts": evalset,
+                "candidate": here.stage("answer"),
+                "previous": run.round(pinned_parent(run, round_number).round).stage("answer") if played else None,
+                "anchor": first.stage("answer") if played else None,
+                "grading": config.grading,
+                "judge": config.judge,
+                "seed": config.seed,
+            }
+        case "gate":
+            return _gate_inputs(run, round_number, config, invalid)
+        case "report":
+            return _report_inputs(run, round_number, config)
+    raise InputError(f"there is no stage {name}")
+
+
+def candidate_of(run: RunDir, round_number: int) -> PolicyRef:
+    """The policy that a round made: round 0 its start policy, later rounds what they trained."""
+    return read_policy(run.round(round_number).stage("seed" if round_number == 0 else "train"))
+
+
+def _seed_inputs(run: RunDir, config: RunConfig) -> dict[str, Any]:
+    start = config.start
+    demonstrations = start.demonstrations if isinstance(start, SftStart) else None
+    adapter = start.adapter if isinstance(start, ModelStart) else None
+    return {
+        "start": placeless_start(start),
+        "model": None if is_hub_id(start.model) else _file(run, start.model),
+        "adapter": None if adapter is None else _file(run, adapter),
+        "demonstrations": None if demonstrations is None else _file(run, demonstrations),
+    }
+
+
+def _gate_inputs(run: RunDir, round_number: int, config: RunConfig, invalid: tuple[str, ...]) -> dict[str, Any]:
+    here, first = run.round(round_number), run.round(0)
+    policies = {"previous": pinned_parent(run, round_number).policy, "anchor": read_policy(first.stage("seed"))}
+    identity = {"run_id": config.run_id, "round": round_number}
+    if invalid:
+        candidate = candidate_of(run, round_number) if is_published(run, round_number, "train") else None
+        return {"reasons": invalid, "candidate": candidate, **policies, **identity}
+    return {
+        "prompts": first.stage("evalset"),
+        "grades": here.stage("grade"),
+        "candidate": candidate_of(run, round_number),
+        **policies,
+        "heuristic_safety": config.grading.safety.kind == "heuristic",
+        "config": config.gate,
+        **identity,
+    }
+
+
+def _report_inputs(run: RunDir, round_number: int, config: RunConfig) -> dict[str, Any]:
+    """The report is made before a person decides, so its own row of the history says only what the gate said."""
+    from flows.summary import history_for_report
+
+    def made(name: str) -> Path | None:
+        return run.round(round_number).stage(name) if is_published(run, round_number, name) else None
+
+    history = history_for_report(run, round_number)
+    return {
+        "run_id": config.run_id,
+        "round": round_number,
+        "gate": made("gate"),
+        "prompts": run.round(0).stage("evalset"),
+        "grades": made("grade"),
+        "judgements": made("judge"),
+        "pairs": made("pair"),
+        "train": made("train"),
+        "history": history,
+        "seconds": history[-1].seconds,
+    }
+
+
+def _pool_file(run: RunDir, pool: Pool) -> Path | None:
+    return None if isinstance(pool, HubPool) else _file(run, pool.path)
+
+
+def _file(run: RunDir, path: str) -> Path:
+    if path.startswith(WORLD_PREFIX):
+        return run.round(0).stage("world") / path.removeprefix(WORLD_PREFIX)
+    return Path(path)
+
+
+# -------------------------------------------------------------------------------------------------- running and failing
+
+
+class StageFailure(Record):
+    """`failed/<stage>.json`: why a stage could not finish, for the process that started it. kind: the name of the error's class."""
+
+    kind: str
+    message: str
+    exit_code: int
+    retryable: bool
+    failed_at: str
+
+
+def run_step(run: RunDir, round_number: int, name: str) -> StageManifest:
+    """Run one stage in this process, or return its manifest if it is published. Raises whatever the stage raises.
+
+    An error of ours is left behind as a StageFailure; a success clears an earlier one.
+    """
+    here = run.round(round_number)
+    here.failure(name).unlink(missing_ok=True)
+    try:
+        stage, inputs = plan(run, round_number, name)
+        return materialize(stage, here.stage(name), **inputs)
+    except DpoLoopError as error:
+        _record_failure(here, name, error)
+        raise
+
+
+def _record_failure(here: RoundDir, name: str, error: DpoLoopError) -> None:
+    failure = StageFailure(
+        kind=type(error).__name__,
+        message=str(error),
+        exit_code=error.exit_code,
+        retryable=error.retryable,
+        failed_at=now(),
+    )
+    with contextlib.suppress(OSError):  # a full disk: the message is on the log and the exit code says the rest
+        here.failure(name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(here.failure(name), failure)
+
+
+def read_failure(here: RoundDir, name: str) -> StageFailure | None:
+    path = here.failure(name)
+    return StageFailure.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def stage_error(here: RoundDir, name: str, exit_code: int, tail: str) -> DpoLoopError:
+    """The error with which a stage's process ended, as the class that it raised there; StageFailedError if it left no word."""
+    failure = read_failure(here, name)
+    if failure is None:
+        return StageFailedError(name, exit_code, tail)
+    kind = getattr(errors, failure.kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, DpoLoopError)) or kind in (errors.ConfigError, StageFailedError):
+        kind = InputError if failure.exit_code == 2 else DpoLoopError
+    error = kind(failure.message)
+    error.retryable = failure.retryable
+    error.exit_code = failure.exit_code
+    return error
+
+
+def invalid_reasons(run: RunDir, round_number: int) -> tuple[str, ...]:
+    """Why a round cannot be judged: the words of the stage that said so; empty when it can."""
+    here = run.round(round_number)
+    for name in STAGES:
+        failure = read_failure(here, name)
+        if failure is not None and not is_published(run, round_number, name):
+            kind = getattr(errors, failure.kind, None)
+            if isinstance(kind, type) and issubclass(kind, InvalidRoundError):
+                return (f"{name}: {failure.message}",)
+    return ()
