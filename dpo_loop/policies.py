@@ -83,8 +83,11 @@ def _has_chat_template(base: Path) -> bool:
     return config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
 
 
-def adapter_problems(adapter: Path, base: Path, *, max_rank: int | None = None) -> list[str]:
-    """What keeps a PEFT adapter from being used on `base`; empty when nothing does."""
+def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = None, max_rank: int | None = None) -> list[str]:
+    """What keeps a PEFT adapter from being used on `base`; empty when nothing does.
+
+    base_sha256: of the base where it is known already; else a directory is hashed, and a hub id cannot be compared.
+    """
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / name).is_file()]
     if missing:
         return [f"{adapter / name} is missing; save the adapter with `save_pretrained`" for name in missing]
@@ -92,11 +95,13 @@ def adapter_problems(adapter: Path, base: Path, *, max_rank: int | None = None) 
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"{adapter} is a {config.get('peft_type')} adapter; only LORA adapters can be trained on and served")
-    made_for, here = config.get("base_model_name_or_path"), fingerprint(base)["sha256"] if base.is_dir() else None
+    made_for, here = config.get("base_model_name_or_path"), base_sha256
+    if here is None and base.is_dir():
+        here = fingerprint(base)["sha256"]
     origin = adapter / ADAPTER_ORIGIN
     recorded = json.loads(origin.read_text())["base_sha256"] if origin.is_file() else None
-    if recorded is not None and recorded != here:
-        problems.append(f"{adapter} was trained on another base: weights {recorded[:12]}…, but {base} has {str(here)[:12]}…")
+    if recorded is not None and here is not None and recorded != here:
+        problems.append(f"{adapter} was trained on another base: weights {recorded[:12]}…, but {base} has {here[:12]}…")
     elif recorded is None and made_for and Path(made_for).name != base.name:
         problems.append(
             f"{adapter} was trained on {made_for}, not on {base}; give the adapter of this base, or this adapter's base"
