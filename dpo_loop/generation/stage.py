@@ -1,0 +1,225 @@
+"""Stages `generate` (K samples a prompt, for pairs) and `answer` (one answer a prompt, for evaluation).
+
+Both render the prompts once with the policy's chat template, prove with the canary that the engine serves the policy, and write
+`completions-00000.jsonl` … by prompt as in prompts.jsonl, then by k. Prompts that leave no room for the answer are dropped and counted.
+The seed of a sample is a hash of what it is (run, round, prompt, k), so it does not depend on shards, engines or restarts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpo_loop.artifacts import Stage, scratch
+from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
+from dpo_loop.errors import ConfigError, PolicyError
+from dpo_loop.exchange import DROPPED, read_prompts
+from dpo_loop.files import write_jsonl
+from dpo_loop.generation.canary import check_canary, read_canary
+from dpo_loop.generation.chat import Chat
+from dpo_loop.generation.engine import Answer, Ask, OpenEngine, Sampling, open_engine, prepare_environment
+from dpo_loop.generation.shards import ShardFigures, Shards
+from dpo_loop.policies import adapter_problems, adapter_sha256, model_problems
+from dpo_loop.progress import say
+from dpo_loop.types import Completion, PolicyRef, Prompt, StageOutcome, Tally, content_id
+
+ANSWER_SHARD_SIZE = 256
+
+
+def generate(
+    out: Path,
+    *,
+    prompts: Path,
+    policy: PolicyRef,
+    config: GenerationConfig,
+    run_id: str,
+    round: int,
+    seed: int,
+    start: OpenEngine = open_engine,
+) -> StageOutcome:
+    """K sampled completions a prompt. start: how an engine is had; a caller that keeps one running gives its own."""
+
+    def seed_of(prompt: Prompt, k: int) -> int:
+        return _seed(seed, run_id, round, prompt.id, k)
+
+    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+    return _play(
+        out,
+        prompts=prompts,
+        policy=policy,
+        engine_config=config.engine,
+        sampling=sampling,
+        k=config.k,
+        shard_size=config.shard_size,
+        seed_of=seed_of,
+        start=start,
+        name="generate",
+    )
+
+
+def answer(
+    out: Path,
+    *,
+    prompts: Path,
+    policy: PolicyRef,
+    engine: EngineConfig,
+    config: AnswerConfig,
+    seed: int,
+    start: OpenEngine = open_engine,
+) -> StageOutcome:
+    """One answer a prompt; its seed depends on the prompt alone, so candidate, previous and anchor draw the same noise."""
+
+    def seed_of(prompt: Prompt, k: int) -> int:  # noqa: ARG001 - one sample a prompt
+        return _seed("answer", seed, prompt.id)
+
+    sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
+    return _play(
+        out,
+        prompts=prompts,
+        policy=policy,
+        engine_config=engine,
+        sampling=sampling,
+        k=1,
+        shard_size=ANSWER_SHARD_SIZE,
+        seed_of=seed_of,
+        start=start,
+        name="answer",
+    )
+
+
+GENERATE = Stage("generate", 1, generate)
+ANSWER = Stage("answer", 1, answer)
+
+
+def _play(
+    out: Path,
+    *,
+    prompts: Path,
+    policy: PolicyRef,
+    engine_config: EngineConfig,
+    sampling: Sampling,
+    k: int,
+    shard_size: int,
+    seed_of: Callable[[Prompt, int], int],
+    start: OpenEngine,
+    name: str,
+) -> StageOutcome:
+    """name: opens the progress lines. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
+    limit = engine_config.max_model_len - sampling.max_new_tokens
+    if limit < 1:
+        raise ConfigError(
+            [
+                f"{name}.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in engine.max_model_len {engine_config.max_model_len}"
+            ]
+        )
+    _check_policy(policy, engine_config)
+    canary = read_canary(policy)
+    prepare_environment()
+    chat = Chat(policy)
+    rendered = [(prompt, chat.prompt_ids(prompt)) for prompt in read_prompts(prompts)]
+    kept = [(prompt, ids) for prompt, ids in rendered if len(ids) <= limit]
+    dropped = [
+        {"prompt_id": prompt.id, "reason": "prompt_too_long", "num_tokens": len(ids), "max_tokens": limit}
+        for prompt, ids in rendered
+        if len(ids) > limit
+    ]
+    shards = Shards(scratch(out))
+    slices = [kept[begin : begin + shard_size] for begin in range(0, len(kept), shard_size)]
+    todo = [index for index in range(len(slices)) if index not in shards.finished]
+    metrics: dict[str, Any] = {"engine_start_s": None, "canary": None, "num_shards_resumed": len(slices) - len(todo)}
+    if todo:
+        say(f"{name}: starting vLLM for {len(kept)} prompts ({len(slices) - len(todo)} of {len(slices)} shards are done already)")
+        engine = start(policy, engine_config)
+        metrics["engine_start_s"] = round(engine.start_s, 2)
+        say(f"{name}: engine ready after {engine.start_s:.1f} s")
+        if canary is None:
+            say(f"{name}: the policy is a bare base without canary.json; its log-probs were not compared")
+        else:
+            figures = check_canary(engine, canary, tolerance=engine_config.canary_tolerance)
+            metrics["canary"] = asdict(figures)
+            say(f"{name}: canary passed: {figures}")
+        for index in todo:
+            began = time.monotonic()
+            wanted = [(prompt, ids, sample, seed_of(prompt, sample)) for prompt, ids in slices[index] for sample in range(k)]
+            answers = engine.sample([Ask(prompt_token_ids=ids, seed=seed) for _, ids, _, seed in wanted], sampling)
+            seconds = time.monotonic() - began
+            shards.finish(
+                index,
+                [
+                    _completion(prompt, ids, sample, seed, answer, policy_key=policy.key, text=chat.text(answer.token_ids))
+                    for (prompt, ids, sample, seed), answer in zip(wanted, answers, strict=True)
+                ],
+                seconds=seconds,
+            )
+            say(f"{name}: {_progress(list(shards.finished.values()), len(kept))}")
+    shards.publish(out)
+    write_jsonl(out / DROPPED, dropped)
+    parts = {"generated": len(kept), "prompt_too_long": len(dropped)}
+    return StageOutcome(
+        tallies=(Tally(of="prompts", total=len(rendered), parts=parts),),
+        metrics=_metrics(list(shards.finished.values())) | metrics,
+    )
+
+
+def _check_policy(policy: PolicyRef, config: EngineConfig) -> None:
+    """Raises PolicyError with everything that would keep an engine from serving this policy, before one is started."""
+    base = Path(policy.base)
+    problems = model_problems(base) if base.is_dir() else []
+    if policy.adapter is not None:
+        adapter = Path(policy.adapter)
+        problems += adapter_problems(adapter, base, base_sha256=policy.base_sha256, max_rank=config.max_lora_rank)
+        if not problems and adapter_sha256(adapter) != policy.adapter_sha256:
+            problems.append(
+                f"{adapter} has changed since the policy was described: its sha256 differs; restore it, or make it anew"
+            )
+    if problems:
+        raise PolicyError(
+            "\n".join([f"the policy at {policy.adapter or policy.base} cannot be served:", *(f"  - {p}" for p in problems)])
+        )
+
+
+def _completion(
+    prompt: Prompt, prompt_token_ids: tuple[int, ...], k: int, seed: int, answer: Answer, *, policy_key: str, text: str
+) -> Completion:
+    return Completion(
+        id=content_id("completion", policy_key, prompt.id, k, seed, list(answer.token_ids)),
+        prompt_id=prompt.id,
+        k=k,
+        text=text,
+        prompt_token_ids=prompt_token_ids,
+        token_ids=answer.token_ids,
+        finish_reason=answer.finish_reason,
+        logprob=answer.logprob,
+        policy_key=policy_key,
+        seed=seed,
+    )
+
+
+def _progress(done: Sequence[ShardFigures], num_prompts: int) -> str:
+    last = done[-1]
+    return (
+        f"{sum(s.num_prompts for s in done)}/{num_prompts} prompts, {sum(s.num_completions for s in done)} completions, "
+        f"{last.num_tokens / max(last.seconds, 1e-9):.0f} tok/s"
+    )
+
+
+def _metrics(done: Sequence[ShardFigures]) -> dict[str, Any]:
+    """tokens_per_s: sampled tokens over the time in the engine, start and canary left out."""
+    completions, tokens = sum(s.num_completions for s in done), sum(s.num_tokens for s in done)
+    seconds = sum(s.seconds for s in done)
+    return {
+        "num_completions": completions,
+        "truncated_share": sum(s.num_truncated for s in done) / completions if completions else None,
+        "mean_tokens": tokens / completions if completions else None,
+        "mean_logprob_per_token": sum(s.logprob for s in done) / tokens if tokens else None,
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
+        "sample_s": round(seconds, 2),
+    }
+
+
+def _seed(*parts: Any) -> int:
+    """31 bits: torch generators and every engine take them."""
+    return int(content_id(*parts), 16) & 0x7FFFFFFF

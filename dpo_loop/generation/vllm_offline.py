@@ -1,0 +1,145 @@
+"""vLLM in this process: token ids in and out, the policy's adapter as a LoRARequest.
+
+Import it through `engine.open_engine`, which sets the environment that vllm reads while it is imported. One code path for CPU and
+GPU builds; on a CPU `dtype: auto` means float32 (what the trainer uses there) and execution is always eager.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from tqdm import tqdm  # type: ignore[import-untyped]
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+from dpo_loop.config import EngineConfig
+from dpo_loop.errors import PolicyError
+from dpo_loop.generation.engine import Answer, Ask, Sampling
+from dpo_loop.progress import say
+from dpo_loop.types import FinishReason, PolicyRef
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks vLLM has buffers for; it pads an adapter to the engine's, and computes the padding too."""
+
+
+class VllmOffline:
+    def __init__(self, policy: PolicyRef, config: EngineConfig, *, on_cpu: bool, started: float) -> None:
+        """started: time.monotonic() before vllm was imported. Raises PolicyError with vLLM's reason if it cannot serve the policy."""
+        # Says on every start that Triton is missing, which no CPU build has.
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        self._lora = None
+        if policy.adapter is not None:
+            # The name is part of the prefix cache's keys, so it says which weights these are.
+            self._lora = LoRARequest(policy.adapter_sha256 or policy.adapter, 1, policy.adapter)
+        try:
+            self._llm = LLM(**_arguments(policy, config, on_cpu=on_cpu))
+            if self._lora is not None:
+                self._llm.llm_engine.add_lora(self._lora)
+        except ValueError as error:
+            raise PolicyError(f"vLLM cannot serve the policy at {policy.adapter or policy.base}: {error}") from error
+        self._eos_token_id: int | None = self._llm.get_tokenizer().eos_token_id
+        self.start_s = time.monotonic() - started
+
+    def sample(self, asks: Sequence[Ask], sampling: Sampling) -> list[Answer]:
+        # Blocks of earlier calls would change which tokens are computed together, and with that the last bits of the logits.
+        self._llm.reset_prefix_cache()
+        self._llm.enqueue(
+            [{"prompt_token_ids": list(ask.prompt_token_ids)} for ask in asks],
+            [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=ask.seed,
+                    logprobs=0,
+                    detokenize=False,
+                )
+                for ask in asks
+            ],
+            lora_request=self._lora,
+            use_tqdm=False,
+        )
+        return [self._answer(request.outputs[0]) for request in self._llm.wait_for_completion(use_tqdm=_Lines)]
+
+    def score(self, sequences: Sequence[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:
+        self._llm.reset_prefix_cache()
+        requests = self._llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in sequences],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            lora_request=self._lora if with_adapter else None,
+            use_tqdm=False,
+        )
+        return [
+            [position[token].logprob for token, position in zip(ids[1:], request.prompt_logprobs[1:], strict=True)]
+            for ids, request in zip(sequences, requests, strict=True)
+        ]
+
+    def _answer(self, sampled: Any) -> Answer:
+        token_ids = tuple(sampled.token_ids)
+        reason = FinishReason(sampled.finish_reason)
+        end = sampled.stop_reason if isinstance(sampled.stop_reason, int) else self._eos_token_id
+        if reason is FinishReason.STOP and end is not None and token_ids[-1:] != (end,):
+            token_ids = (*token_ids, end)
+        return Answer(token_ids=token_ids, finish_reason=reason, logprob=float(sampled.cumulative_logprob))
+
+
+def _arguments(policy: PolicyRef, config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """Engine arguments of vLLM."""
+    arguments: dict[str, Any] = {
+        "model": policy.base,
+        "revision": policy.revision,
+        "dtype": "float32" if on_cpu and config.dtype == "auto" else config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        "enforce_eager": on_cpu or config.enforce_eager,
+        "enable_prefix_caching": True,
+        # Before temperature and top_p: what the trainer computes.
+        "logprobs_mode": "raw_logprobs",
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = config.cpu_kvcache_gib << 30
+        # A prompt cut into chunks rewinds its seeded generator, which torch's CPU generator cannot do.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(4_096, config.max_model_len)
+    else:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    if policy.adapter is not None:
+        rank = json.loads((Path(policy.adapter) / "adapter_config.json").read_text())["r"]
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": next(served for served in _LORA_RANKS if served >= rank),
+            # Without this vLLM also wraps the head, which costs rank x vocabulary per token and, on a CPU, breaks prompt log-probs.
+            "lora_target_modules": _adapted_modules(Path(policy.adapter)),
+        }
+    return arguments
+
+
+def _adapted_modules(adapter: Path) -> list[str]:
+    """Last part of the name of every module the adapter has weights for: q_proj, down_proj …"""
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
+        return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights.keys()})  # noqa: SIM118 - not a dict
+
+
+class _Lines(tqdm):  # type: ignore[misc]
+    """vLLM's progress bar as plain lines, at most one in five seconds; the stage says when the shard is finished."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "mininterval": 5.0, "delay": 5.0})
+
+    def refresh(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM asks for this at the end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002 - tqdm's signature
+        say(f"  {self.n}/{self.total} completions of this shard, {self.postfix}")
+
+    def close(self) -> None:
+        self.disable = True
