@@ -1,0 +1,193 @@
+"""The rules of the gate: a CheckConfig and the evidence give a CheckResult.
+
+Every rule is measured as *harm*, where more is worse: how much a rate worsened (non_inferior), the rate itself (ceiling), what is
+missing to 1 (floor). One decision table then holds for all of them, the first row that matches:
+
+    | upper limit of the harm < margin                                              | PASS; a remark if the lower limit is above 0 |
+    | lower limit of the harm >= margin                                             | broken                                       |
+    | exact test rejects "not worse" (Holm over all such checks), harm > margin / 2 | broken                                       |
+    | otherwise                                                                     | INCONCLUSIVE                                 |
+
+"No significant difference" never passes. A broken rule is FAIL, or NEEDS_REVIEW where its severity says so. A metric that cannot be
+measured is INVALID. Intervals: Tango for paired outcomes and win rates, Clopper-Pearson for a single rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import assert_never
+
+from dpo_loop.config import HIGHER_IS_BETTER, CheckConfig, GateConfig
+from dpo_loop.evaluation.evidence import Evidence
+from dpo_loop.evaluation.sentences import explain
+from dpo_loop.evaluation.statistics import clopper_pearson_limit, holm, mcnemar_p, tango_limit
+from dpo_loop.types import CheckResult, GateState
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """harm, low and high: estimate and one-sided limits, more is worse; limit: what harm must stay below. value and reference: the
+    rates themselves. p_value: of the exact test that the candidate is not worse, None where the rule has no reference."""
+
+    num_prompts: int
+    value: float
+    reference: float | None
+    harm: float
+    low: float
+    high: float
+    limit: float
+    p_value: float | None
+
+
+def run_checks(evidence: Evidence, config: GateConfig) -> tuple[CheckResult, ...]:
+    """One result per configured check, in order."""
+    measured = {check.id: _measure(check, evidence, config.alpha) for check in config.checks}
+    adjusted = holm({id: m.p_value for id, m in measured.items() if isinstance(m, Measured) and m.p_value is not None})
+    return tuple(_decide(check, measured[check.id], adjusted.get(check.id), config.alpha) for check in config.checks)
+
+
+def worst(states: Iterable[GateState]) -> GateState:
+    """INVALID > FAIL > NEEDS_REVIEW > INCONCLUSIVE > PASS; of nothing: INVALID, since nothing was shown."""
+    order = list(GateState)
+    return max(states, key=order.index, default=GateState.INVALID)
+
+
+def _measure(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
+    """The measurement, or the sentence that says why there is none."""
+    if check.metric == "win_rate":
+        return _measure_wins(check, evidence)
+    match check.rule:
+        case "non_inferior":
+            return _measure_worsening(check, evidence, alpha)
+        case "ceiling" | "floor":
+            return _measure_rate(check, evidence, alpha)
+        case _:
+            assert_never(check.rule)
+
+
+def _measure_worsening(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
+    assert check.vs is not None  # CheckConfig refuses a paired rule without a reference
+    pairs = evidence.paired(check.metric, check.vs)
+    if pairs.num_prompts == 0:
+        return _nothing_to_measure(check)
+    n, worse, better = pairs.num_prompts, pairs.num_worse, pairs.num_better
+    return Measured(
+        num_prompts=n,
+        value=_rate(check.metric, pairs.num_bad_candidate, n),
+        reference=_rate(check.metric, pairs.num_bad_reference, n),
+        harm=(worse - better) / n,
+        low=tango_limit(worse, better, n, alpha=alpha, side="lower"),
+        high=tango_limit(worse, better, n, alpha=alpha, side="upper"),
+        limit=check.margin,
+        p_value=mcnemar_p(worse, better),
+    )
+
+
+def _measure_rate(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
+    bad, n = evidence.counts(check.metric)
+    if n == 0:
+        return _nothing_to_measure(check)
+    return Measured(
+        num_prompts=n,
+        value=_rate(check.metric, bad, n),
+        reference=None,
+        harm=bad / n,
+        low=clopper_pearson_limit(bad, n, alpha=alpha, side="lower"),
+        high=clopper_pearson_limit(bad, n, alpha=alpha, side="upper"),
+        limit=check.margin if check.rule == "ceiling" else 1 - check.margin,
+        p_value=None,
+    )
+
+
+def _measure_wins(check: CheckConfig, evidence: Evidence) -> Measured | str:
+    assert check.vs is not None  # CheckConfig refuses a win rate without a reference
+    wins = evidence.wins(check.vs)
+    if wins is None or wins.rate is None:
+        return f"no comparison with the {check.vs} policy was decided, so there is no win rate"
+    paired = check.rule == "non_inferior"
+    top = 0.5 if paired else 1.0  # the harm is what is missing to an even match, or to winning everything
+    return Measured(
+        num_prompts=wins.num_prompts,
+        value=wins.rate,
+        reference=0.5 if paired else None,
+        harm=top - wins.rate,
+        low=top - wins.ci_high,
+        high=top - wins.ci_low,
+        limit=check.margin if paired else 1 - check.margin,
+        # an undecided comparison is no evidence that the candidate lost: the sign test takes it as a win
+        p_value=mcnemar_p(wins.num_losses, wins.num_wins + wins.num_undecided) if paired else None,
+    )
+
+
+def _rate(metric: str, num_bad: int, num_prompts: int) -> float:
+    return 1 - num_bad / num_prompts if metric in HIGHER_IS_BETTER else num_bad / num_prompts
+
+
+def _nothing_to_measure(check: CheckConfig) -> str:
+    if check.metric == "pass_rate":
+        return "there is no pass rate: no task prompt was graded (is a task grader configured?)"
+    return f"there is no {check.metric}: the evaluation set has no prompt for it"
+
+
+def _decide(check: CheckConfig, measured: Measured | str, p_adjusted: float | None, alpha: float) -> CheckResult:
+    if isinstance(measured, str):
+        return _unmeasured(check, measured)
+    m = measured
+    if not all(math.isfinite(figure) for figure in (m.harm, m.low, m.high, m.limit)):
+        return _unmeasured(check, f"{check.metric} is not a number")
+    broken = GateState.FAIL if check.severity == "fail" else GateState.NEEDS_REVIEW
+    demonstrated = p_adjusted is not None and p_adjusted <= alpha and m.harm > m.limit / 2
+    if m.high < m.limit:
+        state = GateState.PASS
+    elif (m.low >= m.limit and m.harm > m.limit) or demonstrated:
+        state = broken
+    else:
+        state = GateState.INCONCLUSIVE
+    paired = check.rule == "non_inferior"
+    sign = -1 if check.metric in HIGHER_IS_BETTER else 1
+    low, high = _in_units_of_metric(check, m)
+    outcome = CheckResult(
+        id=check.id,
+        metric=check.metric,
+        rule=check.rule,
+        vs=check.vs,
+        num_prompts=m.num_prompts,
+        value=m.value,
+        reference=m.reference,
+        delta=sign * m.harm if paired else None,
+        ci_low=low,
+        ci_high=high,
+        margin=check.margin,
+        p_value=p_adjusted,
+        state=state,
+        why="",
+    )
+    return outcome.model_copy(update={"why": explain(outcome, alpha=alpha)})
+
+
+def _in_units_of_metric(check: CheckConfig, m: Measured) -> tuple[float, float]:
+    """The interval of candidate - reference for a paired rule, else of the rate itself: harm turned round where more is better."""
+    if check.metric not in HIGHER_IS_BETTER:
+        return m.low, m.high
+    top = 0.0 if check.rule == "non_inferior" else 1.0
+    return top - m.high, top - m.low
+
+
+def _unmeasured(check: CheckConfig, why: str) -> CheckResult:
+    return CheckResult(
+        id=check.id,
+        metric=check.metric,
+        rule=check.rule,
+        vs=check.vs,
+        num_prompts=0,
+        value=None,
+        reference=None,
+        delta=None,
+        ci_low=None,
+        ci_high=None,
+        margin=check.margin,
+        state=GateState.INVALID,
+        why=f"check {check.id}: {why}",
+    )

@@ -1,0 +1,76 @@
+"""What the gate looks at: the answers of all policies to the same prompts, paired by prompt, and the comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dpo_loop.evaluation.rates import SIDE_OF_METRIC, Reference, WinRate, is_degenerate, tasks_are_graded, win_rates_of
+from dpo_loop.types import Comparison, GradeRow, PolicyName, Prompt, Side
+
+
+@dataclass(frozen=True, slots=True)
+class PairedCounts:
+    """Both policies on the same prompts. num_worse: reference good, candidate bad; num_better: the other way round."""
+
+    num_prompts: int
+    num_worse: int
+    num_better: int
+    num_bad_candidate: int
+    num_bad_reference: int
+
+
+class Evidence:
+    """rows: one per policy and prompt. prompts: the evaluation set, which says what ought to be there."""
+
+    def __init__(
+        self, prompts: Iterable[Prompt], rows: Iterable[GradeRow], comparisons: Iterable[Comparison], *, alpha: float
+    ) -> None:
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self.rows = list(rows)
+        self.comparisons = list(comparisons)
+        self.has_task_grades = tasks_are_graded(self.rows)
+        self._wins = win_rates_of(self.comparisons, alpha=alpha)
+        self._rows_of: dict[PolicyName, dict[str, GradeRow]] = {"candidate": {}, "previous": {}, "anchor": {}}
+        for row in self.rows:
+            self._rows_of[row.policy][row.prompt_id] = row
+        self._degenerate: dict[tuple[str, str], bool] = {}
+
+    def ids_on(self, side: Side | None) -> list[str]:
+        return [id for id, prompt in self.prompts.items() if side is None or prompt.side is side]
+
+    def counts(self, metric: str) -> tuple[int, int]:
+        """(bad answers of the candidate, prompts); a missing answer is bad. (0, 0) where the metric does not exist here."""
+        ids = self._ids(metric)
+        return sum(self._bad(metric, "candidate", id, absent=True) for id in ids), len(ids)
+
+    def paired(self, metric: str, vs: Reference) -> PairedCounts:
+        """The worst case for the candidate: its own missing or ungraded answers are bad, those of the reference are good."""
+        ids = self._ids(metric)
+        pairs = [(self._bad(metric, "candidate", id, absent=True), self._bad(metric, vs, id, absent=False)) for id in ids]
+        return PairedCounts(
+            num_prompts=len(ids),
+            num_worse=sum(mine and not theirs for mine, theirs in pairs),
+            num_better=sum(theirs and not mine for mine, theirs in pairs),
+            num_bad_candidate=sum(mine for mine, _ in pairs),
+            num_bad_reference=sum(theirs for _, theirs in pairs),
+        )
+
+    def wins(self, vs: Reference) -> WinRate | None:
+        return self._wins.get(vs)
+
+    def _ids(self, metric: str) -> list[str]:
+        if metric == "pass_rate" and not self.has_task_grades:
+            return []
+        return self.ids_on(SIDE_OF_METRIC.get(metric))
+
+    def _bad(self, metric: str, policy: PolicyName, prompt_id: str, *, absent: bool) -> bool:
+        row = self._rows_of[policy].get(prompt_id)
+        if row is None:
+            return absent
+        if metric != "degenerate_rate":
+            return absent if row.grade is None else row.is_bad
+        known = self._degenerate.get((policy, prompt_id))
+        if known is None:
+            known = self._degenerate[policy, prompt_id] = is_degenerate(row, self.prompts.get(prompt_id))
+        return known

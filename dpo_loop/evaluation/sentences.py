@@ -1,0 +1,57 @@
+"""What a check found, as a sentence that a person understands without knowing the statistics behind it."""
+
+from __future__ import annotations
+
+from dpo_loop.config import HIGHER_IS_BETTER, METRIC_NAMES
+from dpo_loop.types import CheckResult, GateState
+
+
+def percent(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{100 * rate:.1f} %"
+
+
+def points(difference: float) -> str:
+    """Percentage points without the unit, never "-0.0"."""
+    return f"{100 * difference + 0.0:.1f}".replace("-0.0", "0.0")
+
+
+def explain(check: CheckResult, *, alpha: float) -> str:
+    """One sentence, no full stop. check: measured and decided; its `why` is not read."""
+    return _worsening(check, alpha) if check.rule == "non_inferior" else _absolute(check, alpha)
+
+
+def _worsening(check: CheckResult, alpha: float) -> str:
+    assert check.delta is not None
+    assert check.ci_low is not None
+    assert check.ci_high is not None
+    name, confidence = METRIC_NAMES[check.metric], f"{100 * (1 - alpha):.0f} %"
+    higher_is_better = check.metric in HIGHER_IS_BETTER
+    word = "fall" if higher_is_better else "rise"
+    least, most = (-check.ci_high, -check.ci_low) if higher_is_better else (check.ci_low, check.ci_high)
+    if check.metric == "win_rate":
+        what = f"{name} against {check.vs} is {percent(check.value)}, an even match being 50.0 %"
+    else:
+        moved = "stayed at" if check.delta == 0 else "rose from" if check.delta > 0 else "fell from"
+        path = percent(check.value) if check.delta == 0 else f"{percent(check.reference)} to {percent(check.value)}"
+        what = f"{name} {moved} {path} against {check.vs}"
+    figures = f"n={check.num_prompts}; {confidence} upper limit of the {word} {points(most)} points, margin {points(check.margin)}"
+    match check.state:
+        case GateState.PASS if least > 0:
+            return f"{what}: worse, but within the margin ({figures})"
+        case GateState.INCONCLUSIVE:
+            return f"too little evidence: {what} ({figures})"
+        case GateState.FAIL | GateState.NEEDS_REVIEW if least < check.margin:
+            return f"{what} ({figures}; that it is no worse is ruled out, p={check.p_value or 0:.2g})"
+        case _:
+            return f"{what} ({figures})"
+
+
+def _absolute(check: CheckResult, alpha: float) -> str:
+    assert check.ci_low is not None
+    assert check.ci_high is not None
+    confidence = f"{100 * (1 - alpha):.0f} %"
+    side, limit = ("upper", check.ci_high) if check.rule == "ceiling" else ("lower", check.ci_low)
+    against = f" against {check.vs}" if check.vs else ""
+    what = f"{METRIC_NAMES[check.metric]}{against} is {percent(check.value)}"
+    figures = f"n={check.num_prompts}; {confidence} {side} limit {percent(limit)}, {check.rule} {percent(check.margin)}"
+    return f"too little evidence: {what} ({figures})" if check.state is GateState.INCONCLUSIVE else f"{what} ({figures})"

@@ -1,0 +1,115 @@
+"""May this evaluation be believed at all? Asked before any check: a failure says nothing about the candidate and is INVALID."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dpo_loop.config import GateConfig
+from dpo_loop.evaluation.evidence import Evidence
+from dpo_loop.evaluation.rates import Reference
+from dpo_loop.evaluation.sentences import percent
+from dpo_loop.types import GateState, PolicyName, PolicyRef, Record, Side
+
+_POLICIES: tuple[PolicyName, ...] = ("candidate", "previous", "anchor")
+
+
+class ValidityResult(Record):
+    """state: PASS, INVALID, or NEEDS_REVIEW where a person must vouch for how it was graded."""
+
+    id: str
+    state: GateState
+    why: str
+
+
+def run_validity(
+    evidence: Evidence, config: GateConfig, *, candidate: PolicyRef, previous: PolicyRef, heuristic_safety: bool
+) -> tuple[ValidityResult, ...]:
+    return (
+        _coverage(evidence),
+        _scored(evidence, config),
+        _comparisons(evidence, config),
+        _distinct(candidate, previous),
+        _grader(heuristic_safety, config),
+    )
+
+
+def _result(id: str, problem: str | None, fine: str, *, state: GateState = GateState.INVALID) -> ValidityResult:
+    return ValidityResult(id=id, state=GateState.PASS if problem is None else state, why=fine if problem is None else problem)
+
+
+def _coverage(evidence: Evidence) -> ValidityResult:
+    """Every prompt of the evaluation set answered exactly once by each policy, on the side it was asked on, and nothing else."""
+    problems = []
+    if not evidence.prompts:
+        problems.append("the evaluation set is empty")
+    for policy in _POLICIES:
+        answered = Counter(row.prompt_id for row in evidence.rows if row.policy == policy)
+        missing, unknown = evidence.prompts.keys() - answered.keys(), answered.keys() - evidence.prompts.keys()
+        twice = [id for id, times in answered.items() if times > 1]
+        if missing:
+            problems.append(f"{policy} has no answer to {len(missing)} of {len(evidence.prompts)} prompts (e.g. {min(missing)})")
+        if unknown:
+            problems.append(f"{policy} answered {len(unknown)} prompts that are not in the evaluation set (e.g. {min(unknown)})")
+        if twice:
+            problems.append(f"{policy} answered {len(twice)} prompts more than once (e.g. {min(twice)})")
+    moved = [row.prompt_id for row in evidence.rows if (p := evidence.prompts.get(row.prompt_id)) and p.side is not row.side]
+    if moved:
+        problems.append(f"{len(moved)} answers are graded on another side than their prompt's (e.g. {min(moved)})")
+    fine = f"all three policies answered all {len(evidence.prompts)} prompts"
+    return _result("coverage", "; ".join(problems) or None, fine)
+
+
+def _scored(evidence: Evidence, config: GateConfig) -> ValidityResult:
+    """Per policy and side, so that a grader which fails on one kind of prompt cannot hide among the others."""
+    problems, num_unscored = [], 0
+    for policy in _POLICIES:
+        for side in Side:
+            if side is Side.TASK and not evidence.has_task_grades:
+                continue  # no task grader: a pass_rate check is INVALID by itself
+            grades = [row.grade for row in evidence.rows if row.policy == policy and row.side is side]
+            unscored = grades.count(None)
+            num_unscored += unscored
+            if unscored > config.max_unscored * len(grades):
+                share = f"{unscored} of {len(grades)} {side.value} answers of {policy} ({percent(unscored / len(grades))})"
+                problems.append(f"{share} could not be graded, above max_unscored {percent(config.max_unscored)}")
+    fine = (
+        f"{num_unscored} answers could not be graded; they count against the candidate"
+        if num_unscored
+        else "every answer is graded"
+    )
+    return _result("scored", "; ".join(problems) or None, fine)
+
+
+def _comparisons(evidence: Evidence, config: GateConfig) -> ValidityResult:
+    """Where a check asks for a win rate: every task prompt compared exactly once with that reference."""
+    references: list[Reference] = sorted({check.vs for check in config.checks if check.metric == "win_rate" and check.vs})
+    tasks, problems = set(evidence.ids_on(Side.TASK)), []
+    for vs in references:
+        compared = Counter(comparison.prompt_id for comparison in evidence.comparisons if comparison.vs == vs)
+        if missing := tasks - compared.keys():
+            problems.append(f"{len(missing)} of {len(tasks)} task prompts were not compared with {vs} (e.g. {min(missing)})")
+        if odd := sorted(id for id, times in compared.items() if times > 1 or id not in tasks):
+            problems.append(f"{len(odd)} comparisons with {vs} are doubled or not of a task prompt (e.g. {odd[0]})")
+    fine = f"all {len(tasks)} task prompts were compared" if references else "no check asks for a win rate"
+    return _result("comparisons", "; ".join(problems) or None, fine)
+
+
+def _distinct(candidate: PolicyRef, previous: PolicyRef) -> ValidityResult:
+    problem = "the candidate has the same weights as the previous policy, so training changed nothing"
+    return _result(
+        "distinct", problem if candidate.key == previous.key else None, "the candidate's weights differ from the previous policy's"
+    )
+
+
+def _grader(heuristic_safety: bool, config: GateConfig) -> ValidityResult:
+    problem = (
+        "refusals were recognised by a keyword heuristic, which cannot pass a round: a person has to read the samples, "
+        "or gate.allow_heuristic_judge has to say so"
+    )
+    fine = (
+        "a keyword heuristic graded safety; gate.allow_heuristic_judge allows it"
+        if heuristic_safety
+        else "safety was graded by a verifier or a judge"
+    )
+    suspect = heuristic_safety and not config.allow_heuristic_judge
+    return _result("grader", problem if suspect else None, fine, state=GateState.NEEDS_REVIEW)
