@@ -1,0 +1,144 @@
+"""The `seed` stage: the policy that round 0 grades and every later round is compared with, taken as it is or made by SFT."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from dpo_loop.artifacts import Stage, scratch
+from dpo_loop.config import ModelStart, SftStart, Start
+from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.exchange import CANARY, METRICS
+from dpo_loop.files import write_jsonl
+from dpo_loop.policies import describe_policy, write_policy
+from dpo_loop.progress import say
+from dpo_loop.training.canary import everyday_sequences, pick_sequences, write_canary
+from dpo_loop.training.fit import Plan, fit
+from dpo_loop.training.models import (
+    add_adapter,
+    build_accelerator,
+    load_base,
+    load_policy,
+    save_adapter,
+    set_training_mode,
+    trainable_parameters,
+)
+from dpo_loop.training.sft import SftObjective, read_demonstrations, tokenize
+from dpo_loop.types import PolicyRef, StageOutcome
+
+_SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+
+
+def seed(out: Path, *, start: Start, model: Path | None, adapter: Path | None, demonstrations: Path | None) -> StageOutcome:
+    """model: the directory of the base, None if start.model is a hub id. adapter: of a `model` start; demonstrations: of an `sft` start.
+
+    Writes policy.json, canary.json; for `sft` also metrics.jsonl and model/ (all weights) or adapter/ (LoRA).
+    Raises PolicyError for a model or adapter that cannot be used, InputError for demonstrations that cannot.
+    """
+    base = model if model is not None else _snapshot(start.model, start.revision)
+    revision = start.revision if model is None else None
+    match start:
+        case ModelStart():
+            return _take(out, base, revision=revision, adapter=adapter)
+        case SftStart():
+            if demonstrations is None:
+                raise InputError("start.demonstrations is missing: SFT needs a JSONL file of demonstrations")
+            return _fine_tune(out, base, revision=revision, start=start, demonstrations=demonstrations)
+
+
+def _take(out: Path, base: Path, *, revision: str | None, adapter: Path | None) -> StageOutcome:
+    policy = describe_policy(base, revision=revision, adapter=adapter)
+    accelerator = build_accelerator("bfloat16")
+    loaded = load_policy(policy, accelerator=accelerator)
+    sequences = everyday_sequences(AutoTokenizer.from_pretrained(policy.base))
+    _publish(out, policy, loaded, sequences, accelerator)
+    return StageOutcome(metrics={"kind": "model", "parameters": sum(p.numel() for p in loaded.parameters())})
+
+
+def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, demonstrations: Path) -> StageOutcome:
+    policy, config = describe_policy(base, revision=revision), start.sft
+    sequences, tally = tokenize(read_demonstrations(demonstrations), policy.base, max_length=config.max_length)
+    say(f"sft: {len(sequences)} demonstrations, {sum(len(s.completion) for s in sequences)} completion tokens")
+    accelerator = build_accelerator(config.dtype)
+    loaded = load_base(policy.base, accelerator=accelerator, frozen=config.lora is not None)
+    if config.lora is not None:
+        loaded = add_adapter(loaded, config.lora, seed=config.seed)
+    set_training_mode(loaded, gradient_checkpointing=False)
+    rows = fit(
+        SftObjective(loaded, sequences, device=accelerator.device),
+        plan=Plan(
+            label="sft",
+            lengths=[sequence.num_forwarded for sequence in sequences],
+            epochs=config.epochs,
+            per_step=config.examples_per_step,
+            micro_batch_tokens=config.micro_batch_tokens,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            optimizer=config.optimizer,
+            seed=config.seed,
+        ),
+        parameters=trainable_parameters(loaded, adapter_only=config.lora is not None),
+        accelerator=accelerator,
+        keep=scratch(out),
+    )
+    loaded.eval()
+    write_jsonl(out / METRICS, rows)
+    if config.lora is None:
+        _save_model(loaded, out / "model", like=Path(policy.base))
+        made = describe_policy(out / "model")
+    else:
+        save_adapter(loaded, out / "adapter", policy=policy)
+        made = describe_policy(base, revision=revision, adapter=out / "adapter")
+    _publish(out, made, loaded, pick_sequences(sequences), accelerator)
+    return StageOutcome(
+        tallies=(tally,),
+        metrics={"kind": "sft", "steps": len(rows), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]},
+    )
+
+
+def _publish(out: Path, policy: PolicyRef, loaded: Any, sequences: Any, accelerator: Any) -> None:
+    write_canary(
+        out / CANARY,
+        loaded,
+        sequences,
+        base_sha256=policy.base_sha256,
+        adapter_sha256=policy.adapter_sha256,
+        accelerator=accelerator,
+    )
+    write_policy(out, policy.model_copy(update={"canary": str(out / CANARY)}))
+
+
+def _save_model(model: Any, out: Path, *, like: Path) -> None:
+    """All weights in the dtype in which the start model was published; tokenizer files are copied byte by byte."""
+    model.to(AutoConfig.from_pretrained(like).dtype or torch.float32).save_pretrained(out)
+    for pattern in _TOKENIZER_FILES:
+        for path in like.glob(pattern):
+            shutil.copyfile(path, out / path.name)
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_SNAPSHOT_FILES, ignore_patterns=["original/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise PolicyError(
+            f"{hub_id} is neither a directory nor a model that the hub hands out: {error}. Give a directory, mend the id or the revision, or "
+            "set HF_TOKEN if it needs a login."
+        ) from error
+
+
+SEED = Stage(name="seed", version=1, run=seed)
