@@ -16,7 +16,9 @@ from typing import Any
 from safetensors import safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import LLM, SamplingParams
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 
 from dpo_loop.config import EngineConfig
 from dpo_loop.errors import PolicyError
@@ -37,6 +39,9 @@ class VllmOffline:
         if policy.adapter is not None:
             # The name is part of the prefix cache's keys, so it says which weights these are.
             self._lora = LoRARequest(policy.adapter_sha256 or policy.adapter, 1, policy.adapter)
+        if on_cpu:
+            name = f"{OneAdapterOnCpu.__module__}.{OneAdapterOnCpu.__qualname__}"
+            type(current_platform).get_punica_wrapper = classmethod(lambda _: name)
         try:
             self._llm = LLM(**_arguments(policy, config, on_cpu=on_cpu))
             if self._lora is not None:
@@ -127,6 +132,27 @@ def _adapted_modules(adapter: Path) -> list[str]:
     """Last part of the name of every module the adapter has weights for: q_proj, down_proj …"""
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
         return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights.keys()})  # noqa: SIM118 - not a dict
+
+
+class OneAdapterOnCpu(PunicaWrapperCPU):  # type: ignore[misc]
+    """LoRA on a CPU where every request of a batch uses the one adapter, or none does.
+
+    vLLM 0.32's CPU kernels copy the adapter once per token before they multiply; a 3M-parameter model generated 5 times slower with an
+    adapter than without. The sums are the same: y += scale (x A^T) B^T for each of a packed layer's slices (q, k, v).
+    """
+
+    def add_lora_linear(
+        self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **_: Any
+    ) -> None:
+        """y: tokens x outputs, changed in place. x: tokens x inputs. A: 1 x 1 x rank x inputs, B: 1 x 1 x outputs x rank, per slice."""
+        if self.no_lora:
+            return
+        x, y = x.view(-1, x.shape[-1]).float(), y.view(-1, y.shape[-1])
+        offset = 0
+        for lora_a, lora_b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            low = scale * (x @ lora_a[0, 0].float().T)
+            y[:, offset : offset + size] += low.to(y.dtype) @ lora_b[0, 0].to(y.dtype).T
+            offset += size
 
 
 class _Lines(tqdm):  # type: ignore[misc]
