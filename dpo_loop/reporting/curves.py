@@ -1,0 +1,91 @@
+"""Which charts a report has: trends over rounds, and training curves from train/metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo_loop.reporting.charts import Chart, Series, line_chart
+from dpo_loop.reporting.svg import StyleSheet
+from dpo_loop.types import RoundSummary
+
+_MAX_POINTS = 400
+
+# (title, note, {name in metrics.jsonl: label}, in percent, line at)
+_TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = (
+    ("Loss", "starts at ln 2 = 0.693 when the policy is the reference", {"loss": "loss"}, False, math.log(2)),
+    ("Reward margin", "chosen over rejected", {"margin": "margin"}, False, 0.0),
+    (
+        "Log-prob change per token",
+        "against the reference; both falling is likelihood displacement",
+        {"chosen_logprob_change": "chosen", "rejected_logprob_change": "rejected"},
+        False,
+        0.0,
+    ),
+    ("Preference accuracy", "pairs whose chosen answer has the higher reward", {"accuracy": "accuracy"}, True, 0.5),
+    ("KL estimate", "from the reference on the pairs' own answers, nats per token", {"kl": "KL"}, False, 0.0),
+    ("Gradient norm", "before clipping", {"grad_norm": "norm"}, False, None),
+    ("NLL of chosen", "nats per token", {"nll": "NLL"}, False, None),
+)
+
+
+def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Chart]:
+    """From the second round on. A hollow marker is a round that was not promoted."""
+    return [_markup(chart) for chart in _trends(history, sheet) if chart is not None] if len(history) > 1 else []
+
+
+def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> list[Chart]:
+    return [_markup(chart) for chart in _training(rows, sheet) if chart is not None]
+
+
+def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Chart | None]:
+    hollow = frozenset(float(row.round) for row in history if not row.promoted)
+
+    def of(label: str, name: str, ci: str | None = None) -> Series:
+        intervals = tuple(getattr(row, ci) for row in history) if ci else ()
+        return Series(label, tuple((row.round, getattr(row, name)) for row in history), intervals, hollow)
+
+    yield line_chart("Pass rate", [of("pass rate", "pass_rate")], sheet, x_name="round", in_percent=True)
+    yield line_chart(
+        "Win rate",
+        [of("vs anchor", "win_rate_anchor", "win_rate_anchor_ci"), of("vs previous", "win_rate_previous", "win_rate_previous_ci")],
+        sheet,
+        note="an even match is 50 %; bars are the interval",
+        x_name="round",
+        in_percent=True,
+        reference=0.5,
+    )
+    yield line_chart(
+        "Harm and over-refusal",
+        [of("harmful compliance", "harmful_rate"), of("over-refusal", "over_refusal_rate"), of("degenerate", "degenerate_rate")],
+        sheet,
+        note="lower is better, both together",
+        x_name="round",
+        in_percent=True,
+    )
+    yield line_chart(
+        "Pairs", [Series("pairs", tuple((row.round, row.num_pairs) for row in history), (), hollow)], sheet, x_name="round"
+    )
+
+
+def _training(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> Iterator[Chart | None]:
+    every = max(1, math.ceil(len(rows) / _MAX_POINTS))
+    kept = [row for index, row in enumerate(rows) if index % every == 0 or index == len(rows) - 1]
+    for title, note, names, in_percent, reference in _TRAINING:
+        series = [
+            Series(label, tuple((float(row.get("step", index + 1)), _number(row.get(name))) for index, row in enumerate(kept)))
+            for name, label in names.items()
+            if any(_number(row.get(name)) is not None for row in kept)
+        ]
+        yield line_chart(title, series, sheet, note=note, x_name="step", in_percent=in_percent, reference=reference)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _markup(chart: Chart) -> Chart:
+    return Chart(title=chart.title, note=chart.note, svg=Markup(chart.svg))

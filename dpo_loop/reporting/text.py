@@ -1,0 +1,55 @@
+"""Text for the page. What a model wrote is hostile: it is shown as text, never interpreted, and what it hides is made visible."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+_FOR_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&'\u2028\u2029"}
+
+
+def visible(text: str) -> str:
+    """Control characters as symbols and bidirectional or invisible ones by number, so that no text can disguise another."""
+    return _CONTROLS.sub(lambda match: _symbol(match[0]), text.replace("\r\n", "\n"))
+
+
+def _symbol(char: str) -> str:
+    return chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"⟨U+{ord(char):04X}⟩"
+
+
+def json_for_script(value: Any) -> str:
+    """JSON inside a <script> element. "<", ">" and "&" are escaped, so no text can end the element or open another."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_FOR_SCRIPT)
+
+
+def percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.1f} %"
+
+
+def points(difference: float | None) -> str:
+    """Signed percentage points."""
+    if difference is None:
+        return "–"
+    rounded = round(100 * difference, 1) + 0.0
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def figure(value: Any) -> str:
+    """A counted or measured value of a stage, short."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else str(value)
