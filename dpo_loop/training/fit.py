@@ -40,8 +40,8 @@ class Objective(Protocol):
         """One micro-batch: scalar sums over its rows. `loss` is differentiable, the others feed `metrics`."""
         ...
 
-    def metrics(self, sums: Mapping[str, float], rows: Sequence[int]) -> dict[str, float]:
-        """The figures of one optimizer step, from the sums over all its rows. May raise TrainingDivergedError."""
+    def metrics(self, sums: Mapping[str, float], rows: Sequence[int], *, step: int) -> dict[str, float]:
+        """The figures of optimizer step `step`, 0-based, from the sums over all its rows. May raise TrainingDivergedError."""
         ...
 
 
@@ -84,7 +84,7 @@ def fit(
             grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), plan.optimizer.max_grad_norm))
             if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
                 raise _diverged(plan.label, step, sums["loss"], grad_norm, rows_so_far, keep / METRICS)
-            figures = objective.metrics(sums, rows)
+            figures = objective.metrics(sums, rows, step=step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens_per_s = sum(plan.lengths[row] for row in rows) / (time.monotonic() - started)

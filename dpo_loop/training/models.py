@@ -14,12 +14,15 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, TrainingDivergedError
 from dpo_loop.files import write_json
 from dpo_loop.policies import ADAPTER_ORIGIN
 from dpo_loop.types import PolicyRef
+
+disable_progress_bar()  # a stage's log is lines, not bars
 
 NOT_ADAPTABLE = ("lm_head", "embed_tokens", "wte", "embed_out")
 """vLLM serves no LoRA on these with prompt log-probs (vllm#51594), and the completion-only head needs them frozen."""

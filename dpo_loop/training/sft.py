@@ -108,5 +108,5 @@ class SftObjective:
     def sums(self, rows: Sequence[int]) -> dict[str, Tensor]:
         return {"loss": -completion_logprobs(self.model, [self.sequences[row] for row in rows], device=self.device).sum()}
 
-    def metrics(self, sums: Mapping[str, float], rows: Sequence[int]) -> dict[str, float]:
+    def metrics(self, sums: Mapping[str, float], rows: Sequence[int], *, step: int) -> dict[str, float]:  # noqa: ARG002
         return {"loss": sums["loss"] / self.size(rows), "examples": len(rows)}
