@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,10 +26,19 @@ def parse_verdict(text: str) -> Decided | Undecided:
     There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
     """
     try:
-        verdict = _RawVerdict.model_validate_json(text)
+        verdict = _RawVerdict.model_validate(json.loads(text, object_pairs_hook=_once_each))
     except ValidationError as error:
         return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error.errors()[0]['msg']}")
+    except (ValueError, RecursionError) as error:
+        return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error}")
     return Decided(p_left=_P_LEFT[verdict.winner], rationale=verdict.rationale)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a name stand twice and parsers take the last; a verdict that names two winners names none."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 def ballot_of(key: str, *, prompt: Prompt, left_id: str, right_id: str, judge: str, reply: Reply) -> Ballot:

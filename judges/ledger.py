@@ -230,7 +230,7 @@ class Ledger:
                         f"the ledger {self.path} has been locked by another process for 30 s; try again later."
                     ) from error
             raise
-        except PermissionError as error:
+        except OSError as error:
             raise StorageError(
-                f"cannot write beside the ledger {self.path}: {error}. Mend the permissions, then try again."
+                f"cannot write beside the ledger {self.path}: {error}. Free space or mend the permissions, then run the same command again."
             ) from error

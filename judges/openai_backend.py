@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import openai
-from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_loop.errors import InputError, JudgeError
 from dpo_loop.types import Outcome, Undecided, UndecidedReason, Usage
@@ -42,6 +42,35 @@ _RETRIED_STATUSES = {408, 409, 429}
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = re.compile(r"context.length|context.window|maximum context|too long|too many tokens", re.IGNORECASE)
 _FILTERED = re.compile(r"content.(filter|policy|management)", re.IGNORECASE)
+
+
+class _Read(BaseModel):
+    """What is read of a reply. The SDK hands a 200 through whatever it holds (HTML as a `str`, another shape as a record full of
+    None, broken JSON as a bare ValueError), so the body is validated here, once, against the few fields that count."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Message(_Read):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Read):
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(_Read):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Completion(_Read):
+    id: str | None = None
+    model: str | None = None
+    choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 @dataclass
@@ -161,17 +190,15 @@ class OpenAIBackend:
         try:
             # The SDK's time-out is per read, so a server that trickles bytes would never meet it.
             async with asyncio.timeout(self._config.attempt_timeout_s):
-                completion = await self._client.chat.completions.create(**self._body(call))
+                response = await self._client.chat.completions.with_raw_response.create(**self._body(call))
         except TimeoutError:
             return _unavailable(f"no reply within attempt_timeout_s = {self._config.attempt_timeout_s:g}")
         except openai.APIStatusError as error:
             return self._of_status(call, error)
         except openai.APIConnectionError as error:
             return _unavailable(self._clean(f"{error} {error.__cause__ or ''}"))
-        except (openai.APIError, ValueError) as error:
-            # A body that claims to be JSON and is not raises json.JSONDecodeError, which is no openai error.
-            return _malformed(self._clean(f"the reply cannot be read: {type(error).__name__}: {error}"))
-        return self._of_completion(call, completion)
+        call.request_id = response.headers.get("x-request-id") or ""
+        return self._of_body(call, response.content)
 
     def _body(self, call: _Call) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -191,20 +218,21 @@ class OpenAIBackend:
 
     # ------------------------------------------------------------------------------------------------------- replies
 
-    def _of_completion(self, call: _Call, completion: ChatCompletion | str) -> Outcome:
-        """The SDK hands a 200 through whatever it holds: HTML comes as a `str`, JSON of another shape as a record full of None."""
-        if not isinstance(completion, ChatCompletion):
-            call.raw = self._clean(str(completion))
-            return _malformed("the server answered 200 with something that is not a chat completion; is base_url right?")
-        call.served_model = str(completion.model or "")
-        call.request_id = completion._request_id or str(completion.id or "")
+    def _of_body(self, call: _Call, body: bytes) -> Outcome:
+        """Usage is counted before the verdict is looked at: an unreadable one has been paid for, too."""
+        call.raw = self._clean(body.decode(errors="replace"))
+        try:
+            completion = _Completion.model_validate_json(body)
+        except ValidationError as error:
+            return _malformed(f"the server answered 200 with something that is not a chat completion: {error.errors()[0]['msg']}")
+        call.served_model = completion.model or ""
+        call.request_id = call.request_id or completion.id or ""
         if completion.usage:
-            call.input_tokens += completion.usage.prompt_tokens or 0
-            call.output_tokens += completion.usage.completion_tokens or 0
-        if not completion.choices or not completion.choices[0].message:
-            call.raw = self._clean(completion.model_dump_json())
-            return _malformed("the reply holds no choice")
-        choice = completion.choices[0]
+            call.input_tokens += completion.usage.prompt_tokens
+            call.output_tokens += completion.usage.completion_tokens
+        choice = completion.choices[0] if completion.choices else _Choice()
+        if choice.message is None:
+            return _malformed("the reply holds no message")
         call.raw = choice.message.content or choice.message.refusal or ""
         if choice.message.refusal:
             return Undecided(reason=UndecidedReason.REFUSED, detail=self._clean(choice.message.refusal))

@@ -52,7 +52,9 @@ def make_prompt(text: str, **tags: str) -> Prompt:
     return Prompt.build((Message(role="user", content=text),), source="test", tags=tags)
 
 
-def make_completion(prompt: Prompt, k: int, text: str, *, policy: str = "p", finish: FinishReason = FinishReason.STOP) -> Completion:
+def make_completion(
+    prompt: Prompt, k: int, text: str, *, policy: str = "p", finish: FinishReason = FinishReason.STOP
+) -> Completion:
     token_ids = (*(10 + byte for byte in text.encode()), *((0,) if finish is FinishReason.STOP else ()))
     return Completion(
         id=content_id(prompt.id, k, text, policy),
