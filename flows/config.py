@@ -148,7 +148,10 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
 def schema_problems(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
     """One line per pydantic error, in the order of the file, with the path as the user wrote it."""
     lines = []
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
+        if item["type"] == "too_short" and any(other["loc"][:-1][: len(item["loc"])] == item["loc"] for other in items):
+            continue  # a list whose items are wrong counts as empty too
         path = ".".join(str(part) for part in written_path(item["loc"], raw))
         match item["type"]:
             case "extra_forbidden":
@@ -165,11 +168,14 @@ def schema_problems(error: ValidationError, raw: Mapping[str, Any]) -> list[str]
 
 
 def written_path(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
-    """A pydantic location without the tags of unions, which are not keys of the file."""
+    """A pydantic location without the tags of unions, which are not keys of the file: the tag comes first below a union."""
     path: list[int | str] = []
+    below_union = False
     for part in loc:
-        if isinstance(raw, Mapping) and part not in raw and raw.get("kind") == part:
+        if not below_union and isinstance(raw, Mapping) and raw.get("kind") == part:
+            below_union = True
             continue
+        below_union = False
         path.append(part)
         if isinstance(raw, Mapping):
             raw = raw.get(part)

@@ -57,7 +57,7 @@ def _without_wrong_keys(raw: Mapping[str, Any], error: ValidationError) -> RunCo
         *path, last = written_path(item["loc"], raw)
         place = rest
         for part in path:
-            place = place[part]
+            place = place[part] if not isinstance(place, dict) else place.get(part)
         if not isinstance(place, dict):
             return None
         place.pop(str(last), None)

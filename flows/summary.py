@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_loop.artifacts import read_manifest
-from dpo_loop.exchange import PAIRS, read_comparisons, read_gate_report, read_grades
+from dpo_loop.exchange import PAIRS, read_comparisons, read_gate_report, read_grades, read_prompts
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import read_blessing
 from dpo_loop.types import GateReport, GateState, RoundManifest, RoundSummary
@@ -77,9 +77,9 @@ _NO_RATES: dict[str, Any] = dict.fromkeys(
 def _rates(run: RunDir, round_number: int) -> dict[str, Any]:
     from dpo_loop.evaluation.rates import rates_of, win_rates_of
 
-    directory = run.round(round_number).stage("grade")
-    rates = rates_of(read_grades(directory))["candidate"]
-    wins = win_rates_of(read_comparisons(directory)) if round_number > 0 else {}
+    directory, alpha = run.round(round_number).stage("grade"), read_run_config(run).gate.alpha
+    rates = rates_of(read_grades(directory), read_prompts(run.round(0).stage("evalset")))["candidate"]
+    wins = win_rates_of(read_comparisons(directory), alpha=alpha) if round_number > 0 else {}
     fields: dict[str, Any] = {name: rates.get(name) for name in _NO_RATES if not name.startswith("win_rate")}
     for vs in ("previous", "anchor"):
         win = wins.get(vs)

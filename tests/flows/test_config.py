@@ -1,0 +1,166 @@
+"""All problems of a config come at once, each with the key that mends it; nothing is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_loop.errors import ConfigError, StaleArtifactError
+from dpo_loop.layout import RunDir
+from flows.config import apply_overrides, changed_keys, load_config
+from flows.preflight import check, checked_config, preflight
+from flows.rounds import adopt_config
+from tests.flows.runs import raw_config, small_config, write_config
+
+
+def problems_of(raw: dict[str, object]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(raw)
+    return caught.value.problems
+
+
+def keys_of(problems: list[str]) -> set[str]:
+    return {line.partition(":")[0] for line in problems}
+
+
+def test_a_whole_config_has_no_problems(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run"))
+    assert checked_config(path) == load_config(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_key_wrong_type_missing_file_rank_and_judge_key_are_listed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ABSENT_KEY", raising=False)
+    raw = raw_config(
+        tmp_path / "run",
+        rounds="three",
+        surprise=1,
+        prompts={"pool": {"kind": "jsonl", "path": str(tmp_path / "no.jsonl")}, "num_bucketz": 3},
+        judge={"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY"},
+        training={"loss": {"kind": "sigmoid"}, "lora": {"rank": 64}},
+        start={"kind": "model", "model": str(tmp_path / "no-model")},
+    )
+    assert keys_of(problems_of(raw)) == {
+        "rounds",
+        "surprise",
+        "prompts.num_bucketz",
+        "prompts.pool.path",
+        "judge.api_key_env",
+        "training.lora.rank",
+        "start.model",
+    }
+
+
+def test_the_command_prints_the_problems_without_a_traceback_and_starts_nothing(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", surprise=1))
+    command = [sys.executable, "-m", "flows.cli", "run", str(path), "--set", "training.lora.rank=999"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "surprise: unknown key" in ended.stderr
+    assert "training.lora.rank: 999 is above" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_of_union_members_are_those_of_the_file(tmp_path: Path) -> None:
+    raw = raw_config(
+        tmp_path,
+        start={"kind": "sft", "model": "m", "demonstrations": "d", "sft": {"optimizer": {"lr": -1}}},
+        gate={"checks": [{"id": "a", "metric": "pass_rate", "rule": "floor", "margin": 7}]},
+        judge={"kind": "oracle"},
+    )
+    assert keys_of(problems_of(raw)) == {"start.sft.optimizer.lr", "gate.checks.0.margin", "judge"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"world": None}, "start.model"),
+        ({"start": {"kind": "model", "model": "world:weights"}}, "start.model"),
+        ({"answering": {"max_new_tokens": 128}}, "answering.max_new_tokens"),
+        ({"grading": {"safety": {"kind": "heuristic"}}}, "gate.checks.0.metric"),
+        ({"stage_python": {"train": "/no/such/python"}}, "stage_python.train"),
+        ({"stage_python": {"bake": sys.executable}}, "stage_python.bake"),
+        ({"judge": {"kind": "verifier", "function": "no_such_module:f"}}, "judge.function"),
+        ({"judge": {"kind": "verifier", "function": "dpo_loop.quickstart.verifier:no_such"}}, "judge.function"),
+    ],
+)
+def test_preflight_names_the_key(tmp_path: Path, changes: dict[str, object], key: str) -> None:
+    assert key in keys_of(problems_of(raw_config(tmp_path / "run", **changes)))
+
+
+def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert keys_of(problems_of(raw_config(tmp_path / "taken"))) == {"run_dir"}
+    assert keys_of(problems_of(raw_config(tmp_path / "taken" / "run"))) == {"run_dir"}
+
+
+def test_an_incomplete_model_and_a_foreign_adapter_are_named_before_an_engine_starts(tmp_path: Path) -> None:
+    model, adapter, incomplete = tmp_path / "base", tmp_path / "adapter", tmp_path / "incomplete"
+    for directory in (model, adapter, incomplete):
+        directory.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 32, "base_model_name_or_path": "org/other"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    problems = preflight(small_config(tmp_path / "run", start={"kind": "model", "model": str(model), "adapter": str(adapter)}))
+    assert len(problems) == 2
+    assert "org/other" in problems[0]
+    assert "rank 32, above the engine's max_lora_rank 16" in problems[1]
+    (incomplete / "config.json").write_text('{"max_position_embeddings": 64}')
+    lines = preflight(small_config(tmp_path / "run", start={"kind": "model", "model": str(incomplete)}))
+    assert [line.partition(":")[0] for line in lines] == ["start.model", "start.model", "generation.engine.max_model_len"]
+
+
+def test_overrides_reach_nested_keys_and_lists() -> None:
+    raw = {"a": {"b": 1}, "c": [{"d": 2}], "e": None}
+    assert apply_overrides(raw, ["a.b=[1, 2]", "c.0.d=x", "e.f=1e-5", "g=null"]) == {
+        "a": {"b": [1, 2]},
+        "c": [{"d": "x"}],
+        "e": {"f": "1e-5"},
+        "g": None,
+    }
+    assert raw["a"] == {"b": 1}
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(raw, ["a.b.c=1", "no-equals", "c.5.d=1"])
+    assert len(caught.value.problems) == 3
+
+
+def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run"))
+    assert load_config(path, ["training.optimizer.lr=1e-5"]).training.optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("a: \xff".encode("latin-1"), "cannot be read")]
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, text: str | bytes, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=says):
+        load_config(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_a_run_refuses_another_config_but_not_more_rounds(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    adopt_config(run, small_config(tmp_path))
+    adopt_config(run, small_config(tmp_path, rounds=9, review_timeout_s=5))
+    assert json.loads(run.config.read_text())["rounds"] == 9
+    with pytest.raises(StaleArtifactError, match=r"training\.optimizer\.lr: 5e-06 → 0\.001"):
+        adopt_config(run, small_config(tmp_path, training={"loss": {"kind": "sigmoid"}, "optimizer": {"lr": 1e-3}}))
+    assert json.loads(run.config.read_text())["training"]["optimizer"]["lr"] == 5e-6
+
+
+def test_a_model_that_moved_is_the_same_config(tmp_path: Path) -> None:
+    one, other = (small_config(tmp_path, start={"kind": "model", "model": str(tmp_path / place / "m")}) for place in "ab")
+    assert changed_keys(one, other) == []
