@@ -128,7 +128,7 @@ def step(name: str, run: RunDir, round_number: int, as_json: bool) -> None:
     if as_json:
         click.echo(manifest.model_dump_json())
     else:
-        click.echo(f"{name}: published at {run.round(round_number).stage(name)}")
+        click.echo(f"published at {run.round(round_number).stage(name)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- looking

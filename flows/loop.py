@@ -34,7 +34,7 @@ from flows.rounds import (
     stop_reason,
 )
 from flows.steps import is_published, read_run_config, stages_of
-from flows.summary import row_of, summaries
+from flows.summary import row_of, write_index_page
 from flows.tasks import run_stage
 
 REVIEW_POLL_S = 2.0
@@ -135,9 +135,3 @@ def _wait_for_decision(run: RunDir, config: RunConfig, round_number: int) -> boo
             return False
         time.sleep(REVIEW_POLL_S)
     return True
-
-
-def write_index_page(run: RunDir, config: RunConfig) -> None:
-    from dpo_loop.reporting.index import write_index
-
-    write_index(run.index_page, run_id=config.run_id, history=summaries(run))

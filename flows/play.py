@@ -16,7 +16,7 @@ from flows.config import RunConfig
 from flows.progress import Event, Watcher, watching
 from flows.rounds import adopt_config, exit_code, lease, round_exit_code, stop_reason, verify_rounds
 from flows.show import print_run, run_json
-from flows.summary import summaries
+from flows.summary import summaries, write_index_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,11 +41,19 @@ def play(config: RunConfig, *, one_round: bool, as_json: bool) -> int:
             console.print(
                 f"nothing left to play: {stop_reason(run, config)}; {num_files} files match their hashes", highlight=False
             )
+    mend_index_page(run, config)
     print_run(console, run)
     console.print(f"{time.monotonic() - started:.0f} s", highlight=False)
     if as_json:
         click.echo(run_json(run))
     return round_exit_code(run, summaries(run)[-1]) if one_round else exit_code(run, config)
+
+
+def mend_index_page(run: RunDir, config: RunConfig) -> None:
+    """Write index.html where a crash came between a round's end and it."""
+    ended = [here.manifest.stat().st_mtime for here in run.rounds() if here.manifest.is_file()]
+    if ended and (not run.index_page.is_file() or run.index_page.stat().st_mtime < max(ended)):
+        write_index_page(run, config)
 
 
 def _play_with_prefect(run: RunDir, config: RunConfig, one_round: bool, console: Console) -> None:
@@ -93,7 +101,7 @@ class _Now:
                 self.stage, self.line, self.started = f"round {event.round} {event.stage}", "", time.monotonic()
             case "line":
                 self.stage, self.line = f"round {event.round} {event.stage}", event.text.partition(": ")[2]
-            case "ended":
+            case "ended" | "found":
                 self.stage = ""
 
     def __rich__(self) -> str:
@@ -105,16 +113,17 @@ class _Now:
 def _print_event(console: Console, event: Event) -> None:
     from rich.markup import escape
 
-    where = f"[bold]r{event.round:03d}[/]"
     match event.kind:
+        case "found":
+            text = f"{event.stage}: done before"
+        case "began" if console.is_terminal:
+            return
         case "began":
-            if not console.is_terminal:
-                console.print(f"{where} {event.stage}: begins", highlight=False)
+            text = f"{event.stage}: begins"
         case "line":
-            console.print(f"{where} {escape(event.text)}", highlight=False)
+            text = escape(event.text)
         case "ended" if event.text:
-            console.print(
-                f"{where} [red]{event.stage}: failed after {event.seconds:.1f} s[/] {escape(event.text)}", highlight=False
-            )
+            text = f"[red]{event.stage}: failed after {event.seconds:.1f} s[/] {escape(event.text)}"
         case "ended":
-            console.print(f"{where} [green]{event.stage}: done[/] in {event.seconds:.1f} s", highlight=False)
+            text = f"[green]{event.stage}: done[/] in {event.seconds:.1f} s"
+    console.print(f"[bold]r{event.round:03d}[/] {text}", highlight=False, soft_wrap=True)

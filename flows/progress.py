@@ -15,9 +15,9 @@ from judges.config import OpenAIJudge
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """text: of a line, its text; of an end, why it failed or ""."""
+    """found: the stage was done before. text: of a line, its text; of an end, why it failed or ""."""
 
-    kind: Literal["began", "line", "ended"]
+    kind: Literal["found", "began", "line", "ended"]
     round: int
     stage: str
     text: str = ""

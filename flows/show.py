@@ -91,7 +91,7 @@ def print_run(console: Console, run: RunDir) -> None:
     for row in rows:
         if row.gate not in (None, GateState.PASS):
             for reason in row.reasons:
-                console.print(f"round {row.round}: {reason}", markup=False, highlight=False)
+                console.print(f"round {row.round}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if run.index_page.is_file():
         console.print(f"report: {run.index_page}", markup=False, highlight=False, soft_wrap=True)
     waiting = next_round(run)
@@ -143,7 +143,7 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
             )
         console.print(checks)
     for reason in row.reasons:
-        console.print(reason, markup=False, highlight=False)
+        console.print(reason, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(value: float | str) -> str:

@@ -5,11 +5,12 @@ be run by a flow, in another container or by hand: `dpo-loop step train --run ru
 from __future__ import annotations
 
 import contextlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dpo_loop import errors
-from dpo_loop.artifacts import Stage, materialize, now, read_manifest
+from dpo_loop.artifacts import Stage, fingerprint, materialize, now, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError, StageFailedError
 from dpo_loop.files import write_json
@@ -57,6 +58,19 @@ def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, An
         raise InputError(f"round {round_number} has no stage {name}; it has {', '.join(stages_of(config, round_number))}")
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
     return _stage(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
+
+
+def is_current(run: RunDir, round_number: int, name: str) -> bool:
+    """Whether a stage is published, whole, and made from today's inputs by this version of dpo-loop: then no process has to be started
+    for it. A False says only that `run_step` will find out. Raises CorruptArtifactError if a file differs from its hash.
+    """
+    manifest = read_manifest(run.round(round_number).stage(name))
+    if manifest is None or manifest.versions.get("dpo-loop") != metadata.version("dpo-loop"):
+        return False
+    verify(run.round(round_number).stage(name), manifest)
+    config = read_run_config(run)
+    invalid = invalid_reasons(run, round_number) if name == "gate" else ()
+    return bool(manifest.inputs == fingerprint(_inputs(run, round_number, name, config, invalid)))
 
 
 def _stage(run: RunDir, name: str, *, invalid: bool) -> Stage:

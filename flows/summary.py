@@ -9,6 +9,7 @@ from dpo_loop.exchange import PAIRS, read_comparisons, read_gate_report, read_gr
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import read_blessing
 from dpo_loop.types import GateReport, GateState, RoundManifest, RoundSummary
+from flows.config import RunConfig
 from flows.steps import read_run_config, stages_of
 
 
@@ -86,3 +87,10 @@ def _rates(run: RunDir, round_number: int) -> dict[str, Any]:
         fields[f"win_rate_{vs}"] = None if win is None else win.rate
         fields[f"win_rate_{vs}_ci"] = None if win is None else (win.ci_low, win.ci_high)
     return fields
+
+
+def write_index_page(run: RunDir, config: RunConfig) -> None:
+    """`index.html`: the report over all rounds."""
+    from dpo_loop.reporting.index import write_index
+
+    write_index(run.index_page, run_id=config.run_id, history=summaries(run))

@@ -19,7 +19,7 @@ from dpo_loop.errors import CorruptArtifactError, DpoLoopError, StageFailedError
 from dpo_loop.layout import RunDir
 from flows.config import RunConfig
 from flows.progress import Event, is_progress, redactor, tell
-from flows.steps import read_run_config, stage_error
+from flows.steps import is_current, read_run_config, stage_error
 from flows.supervise import STOPPED, StageTimeoutError, run_supervised
 
 RETRY_DELAYS_S = [5.0, 30.0, 120.0]
@@ -49,6 +49,9 @@ def stage_task(run_dir: str, round_number: int, name: str) -> dict[str, Any]:
     """Run one stage in its own process and return its manifest's key, seconds and figures. Raises the error that the stage raised."""
     run = RunDir(Path(run_dir))
     here, config = run.round(round_number), read_run_config(run)
+    if is_current(run, round_number, name):
+        tell(Event("found", round_number, name))
+        return _figures(here.stage(name))
     here.failure(name).unlink(missing_ok=True)
     tell(Event("began", round_number, name))
     started = time.monotonic()
@@ -66,12 +69,14 @@ def stage_task(run_dir: str, round_number: int, name: str) -> dict[str, Any]:
         failure = stage_error(here, name, code, tail)
         tell(Event("ended", round_number, name, str(failure), time.monotonic() - started))
         raise failure
-    manifest = read_manifest(here.stage(name))
-    if manifest is None:
-        raise CorruptArtifactError(
-            f"stage {name} ended well but {here.stage(name)} is not published; see {run.log(round_number, name)}"
-        )
     tell(Event("ended", round_number, name, "", time.monotonic() - started))
+    return _figures(here.stage(name))
+
+
+def _figures(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise CorruptArtifactError(f"{directory} is not published, though its stage ended well; run the same command again")
     return {"key": manifest.key, "seconds": manifest.seconds, "metrics": manifest.outcome.metrics}
 
 
