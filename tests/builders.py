@@ -25,7 +25,7 @@ def build_tokenizer(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def build_model(out: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64) -> Path:
+def build_model(out: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, max_positions: int = 512) -> Path:
     """A random fp32 Llama with heads of size 32, its tokenizer beside it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,7 +40,7 @@ def build_model(out: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64) 
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 32,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=max_positions,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,
