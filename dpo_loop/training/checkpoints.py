@@ -43,7 +43,7 @@ def read_newest_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler and zip reader meet
         raise CorruptArtifactError(
-            f"{path} cannot be read: {error}. Remove it and run the same command again; training resumes from an earlier step."
+            f"{path} is damaged ({type(error).__name__} while reading it). Remove it and run the same command again; training resumes from an earlier step."
         ) from error
     return int(path.stem.removeprefix("step-")), state
 

@@ -60,8 +60,8 @@ class DpoObjective:
         num_chosen_tokens_B = torch.tensor([len(self.chosen[row].completion) for row in rows], device=self.device)
         chosen_logprob_B = sum_by_sequence(logps_N, sequences)[: len(rows)]
         nll = length_normalised_nll(chosen_logprob_B, num_chosen_tokens_B).sum()
-        return {
-            "loss": preference + self.config.nll_weight * nll if self.config.nll_weight else preference,
+        loss = preference + self.config.nll_weight * nll if self.config.nll_weight else preference
+        figures = {
             "preference": preference,
             "nll": nll,
             "chosen": chosen_B.sum(),
@@ -71,6 +71,7 @@ class DpoObjective:
             "kl": (change_N.exp() - 1 - change_N).sum(),
             "moved": change_N.abs().sum(),
         }
+        return {"loss": loss, **{name: value.detach() for name, value in figures.items()}}
 
     def metrics(self, sums: Mapping[str, float], rows: Sequence[int], *, step: int) -> dict[str, float]:
         """Means over the pairs of one step; *_change and kl per token. kl estimates KL(reference ‖ policy) on the pairs' own completions:

@@ -49,7 +49,7 @@ def seed(out: Path, *, start: Start, model: Path | None, adapter: Path | None, d
     Raises PolicyError for a model or adapter that cannot be used, InputError for demonstrations that cannot.
     """
     base = model if model is not None else _snapshot(start.model, start.revision)
-    revision = start.revision if model is None else None
+    revision = base.name if model is None else None  # a snapshot directory is named for its commit
     match start:
         case ModelStart():
             return _take(out, base, revision=revision, adapter=adapter)

@@ -172,7 +172,7 @@ def test_a_reference_that_is_not_the_policy_aborts_at_the_first_step(tmp_path: P
         device=torch.device("cpu"),
         start_tolerance=1e-3,
     )
-    sums = {name: float(value) for name, value in objective.sums(range(8)).items()}
+    sums = {name: value.item() for name, value in objective.sums(range(8)).items()}
     with pytest.raises(TrainingDivergedError, match="the loss must be ln 2"):
         objective.metrics(sums, range(8), step=0)
     assert objective.metrics(sums, range(8), step=1)["kl"] > 0

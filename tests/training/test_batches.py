@@ -1,0 +1,75 @@
+"""The order and the cut: every example once an epoch, budgets kept, gradients the same for any cut."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_loop.training.batches import epoch_order, micro_batches, optimizer_steps
+from dpo_loop.training.dpo import DpoObjective, sequences_of
+from dpo_loop.training.models import build_accelerator, load_policy, trainable_parameters
+from dpo_loop.training.reference import reference_logprobs
+from dpo_loop.types import PolicyRef
+from tests.training.world import make_pairs, training_config
+
+
+@given(num=st.integers(1, 200), epochs=st.integers(1, 3), per_step=st.integers(1, 70), seed=st.integers(0, 5))
+def test_every_example_is_seen_once_an_epoch(num: int, epochs: int, per_step: int, seed: int) -> None:
+    steps = optimizer_steps(num, epochs=epochs, per_step=per_step, seed=seed)
+    assert Counter(row for step in steps for row in step) == dict.fromkeys(range(num), epochs)
+    assert max(map(len, steps)) <= per_step
+    assert steps == optimizer_steps(num, epochs=epochs, per_step=per_step, seed=seed)
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    orders = {tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), budget=st.integers(1, 300))
+@settings(deadline=None)
+def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    cut = micro_batches(range(len(lengths)), lengths, max_tokens=budget)
+    assert sorted(row for batch in cut for row in batch) == list(range(len(lengths)))
+    for batch in cut:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+
+
+def test_a_cut_is_made_where_it_saves_more_padding_than_it_costs() -> None:
+    #            two short, two long: padding them together would waste 2 * 990 tokens
+    assert micro_batches(range(4), [10, 1000, 10, 1000], max_tokens=8192) == [[1, 3], [0, 2]]
+    assert micro_batches(range(4), [10, 20, 10, 20], max_tokens=8192) == [[0, 2, 1, 3]]
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(base: PolicyRef, adapted: PolicyRef, tmp_path) -> None:
+    accelerator = build_accelerator("float32")
+    chosen, rejected = sequences_of(make_pairs(13, seed=4))
+    values = reference_logprobs(base, [*chosen, *rejected], accelerator=accelerator, keep=tmp_path, max_tokens=400)
+
+    def gradient(cut: list[list[int]]) -> torch.Tensor:
+        model = load_policy(adapted, accelerator=accelerator)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        objective = DpoObjective(
+            model,
+            chosen,
+            rejected,
+            chosen_reference=values[:13],
+            rejected_reference=values[13:],
+            config=training_config(nll_weight=0.2),
+            device=torch.device("cpu"),
+            start_tolerance=None,
+        )
+        for rows in cut:
+            (objective.sums(rows)["loss"] / objective.size(range(13))).backward()
+        return torch.cat([p.grad.flatten() for p in trainable_parameters(model, adapter_only=True).values()])
+
+    lengths = [2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)]
+    whole = gradient([list(range(13))])
+    assert whole.norm() > 0.01
+    ragged = micro_batches(range(13), lengths, max_tokens=100)
+    assert len(ragged) > 4
+    for cut in ([[row] for row in range(13)], ragged, [list(range(12)), [12]]):
+        assert ((gradient(cut) - whole).norm() / whole.norm()).item() == pytest.approx(0, abs=2e-5)

@@ -1,0 +1,149 @@
+"""The seed stage: a model as it is, or one fine-tuned on demonstrations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_loop.artifacts import materialize
+from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, Start
+from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.exchange import CANARY, METRICS
+from dpo_loop.policies import adapter_problems, model_problems, read_policy
+from dpo_loop.training.seed import SEED
+from dpo_loop.training.sft import Demonstration, read_demonstrations, tokenize
+from dpo_loop.types import PolicyRef, StageManifest
+from tests.builders import build_adapter, build_model
+from tests.training.test_stage import plain_difference, rows
+
+WORDS = ("say", "the", "words", "count", "five", "upper", "case")
+
+
+def demonstration(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty questions whose answer is their last word."""
+    path = tmp_path_factory.mktemp("demonstrations") / "demonstrations.jsonl"
+    lines = [demonstration(f"say {one} {two}", two) for one in WORDS for two in WORDS] + [demonstration("say", "x" * 300)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sft_start(**changes: object) -> SftStart:
+    sft = {"optimizer": OptimizerConfig(lr=3e-3), "epochs": 6, "examples_per_step": 10, "dtype": "float32", "max_length": 64}
+    return SftStart(kind="sft", model="m", demonstrations="d", sft=SftConfig.model_validate(sft | changes))
+
+
+def seed(
+    run: Path, start: Start, model: Path | None, *, adapter: Path | None = None, demonstrations: Path | None = None
+) -> StageManifest:
+    out = run / "rounds" / "000" / "seed"
+    out.parent.mkdir(parents=True)
+    return materialize(SEED, out, start=start, model=model, adapter=adapter, demonstrations=demonstrations)
+
+
+def test_sft_on_all_weights_publishes_a_whole_model_that_learned(tmp_path: Path, base: PolicyRef, demonstrations: Path) -> None:
+    manifest = seed(tmp_path, sft_start(), Path(base.base), demonstrations=demonstrations)
+    out = tmp_path / "rounds/000/seed"
+    assert manifest.outcome.tallies[0].parts == {"trained": 49, "too_long": 1}
+    metrics = rows(out / METRICS)
+    assert [row["step"] for row in metrics] == list(range(1, 31))
+    assert metrics[-1]["loss"] < metrics[0]["loss"] / 2
+    policy = read_policy(out)
+    assert (policy.base, policy.adapter) == (str(out / "model"), None)
+    assert model_problems(Path(policy.base)) == []
+    assert policy.base_sha256 != base.base_sha256
+    template = AutoTokenizer.from_pretrained(policy.base).chat_template
+    assert template == AutoTokenizer.from_pretrained(base.base).chat_template
+    canary = json.loads((out / CANARY).read_text())
+    assert (canary["base_sha256"], canary["adapter_sha256"]) == (policy.base_sha256, None)
+    assert {row["base_logprobs"] for row in canary["sequences"]} == {None}
+    assert max(plain_difference(row, policy.base, None, "policy_logprobs") for row in canary["sequences"]) < 1e-5
+
+
+def test_sft_with_lora_publishes_an_adapter_over_the_same_base(tmp_path: Path, base: PolicyRef, demonstrations: Path) -> None:
+    start = sft_start(lora=LoraShape(rank=8, alpha=16), epochs=1)
+    seed(tmp_path, start, Path(base.base), demonstrations=demonstrations)
+    policy = read_policy(tmp_path / "rounds/000/seed")
+    assert (policy.base, policy.base_sha256) == (base.base, base.base_sha256)
+    assert adapter_problems(Path(policy.adapter), Path(base.base)) == []
+    (row, *_) = json.loads((tmp_path / "rounds/000/seed" / CANARY).read_text())["sequences"]
+    assert plain_difference(row, policy.base, policy.adapter, "policy_logprobs") < 1e-5
+    assert plain_difference(row, policy.base, None, "base_logprobs") < 1e-5
+
+
+def test_only_the_assistants_tokens_and_its_end_of_turn_are_scored(base: PolicyRef) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base.base)
+    row = Demonstration.model_validate(demonstration("count", "five"))
+    ((prompt, completion),), _ = tokenize([row], base.base, max_length=64)
+    assert tokenizer.decode(prompt) == "<|user|>count<|end|><|assistant|>"
+    assert tokenizer.decode(completion) == "five<|end|>"
+    assert completion[-1] == tokenizer.eos_token_id
+
+
+def test_what_a_template_writes_after_the_end_of_the_turn_is_left_out(tmp_path: Path) -> None:
+    """T5: with ChatML the newline after <|im_end|> would be scored, though no engine ever samples it."""
+    model = build_model(tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|end|>{% endfor %}", "<|end|>\n{% endfor %}"))
+    row = Demonstration.model_validate(demonstration("count", "five"))
+    ((prompt, completion),), _ = tokenize([row], str(model), max_length=64)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(prompt) == "<|user|>count<|end|>\n<|assistant|>"
+    assert tokenizer.decode(completion) == "five<|end|>"
+
+
+def test_a_model_is_taken_as_it_is_with_a_canary_of_everyday_text(tmp_path: Path, base: PolicyRef) -> None:
+    adapter = build_adapter(tmp_path / "adapter", Path(base.base))
+    seed(tmp_path, ModelStart(kind="model", model="m", adapter="a"), Path(base.base), adapter=adapter)
+    policy = read_policy(tmp_path / "rounds/000/seed")
+    assert (policy.base, policy.adapter) == (base.base, str(adapter))
+    canary = json.loads((tmp_path / "rounds/000/seed" / CANARY).read_text())
+    assert len(canary["sequences"]) == 8
+    assert plain_difference(canary["sequences"][3], base.base, str(adapter), "policy_logprobs") < 1e-5
+
+
+def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path: Path, base: PolicyRef, demonstrations: Path) -> None:
+    half = build_model(tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    seed(tmp_path, sft_start(epochs=1), half, demonstrations=demonstrations)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "rounds/000/seed/model").dtype == torch.bfloat16
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(PolicyError, match="chat template"):
+        seed(tmp_path, ModelStart(kind="model", model="m"), model)
+
+
+def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="neither a directory nor a model"):
+        seed(tmp_path, ModelStart(kind="model", model="no/such/model/anywhere"), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ('{"prompt": "x"}', "no 'messages'"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "does not end with an assistant turn"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "Input should be"),
+        ("[1]", "list indices"),
+    ],
+)
+def test_a_line_that_is_no_demonstration_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps(demonstration("a", "b")) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=f":2 .*{reason}"):
+        read_demonstrations(path)
+
+
+def test_demonstrations_of_which_none_fits_are_an_error(base: PolicyRef) -> None:
+    with pytest.raises(InputError, match=r"'too_long': 1"):
+        tokenize([Demonstration.model_validate(demonstration("count", "five"))], base.base, max_length=2)
