@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
@@ -28,6 +30,9 @@ from dpo_loop.types import FinishReason, PolicyRef
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks vLLM has buffers for; it pads an adapter to the engine's, and computes the padding too."""
+
+_CPU_BLOCK_TOKENS = 128
+"""Tokens per block of the CPU backend's KV cache."""
 
 
 class VllmOffline:
@@ -110,7 +115,7 @@ def _arguments(policy: PolicyRef, config: EngineConfig, *, on_cpu: bool) -> dict
         "use_tqdm_on_load": False,
     }
     if on_cpu:
-        arguments["kv_cache_memory_bytes"] = config.cpu_kvcache_gib << 30
+        arguments["kv_cache_memory_bytes"] = min(config.cpu_kvcache_gib << 30, _most_kv_bytes(policy, config))
         # A prompt cut into chunks rewinds its seeded generator, which torch's CPU generator cannot do.
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(4_096, config.max_model_len)
@@ -126,6 +131,17 @@ def _arguments(policy: PolicyRef, config: EngineConfig, *, on_cpu: bool) -> dict
             "lora_target_modules": _adapted_modules(Path(policy.adapter)),
         }
     return arguments
+
+
+def _most_kv_bytes(policy: PolicyRef, config: EngineConfig) -> int:
+    """What a cache can hold at most that a batch of the longest sequences fills: vLLM zeroes all of it, about a second per GiB."""
+    shape = AutoConfig.from_pretrained(policy.base, revision=policy.revision).get_text_config()
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    per_token = 2 * shape.num_hidden_layers * heads * head * 4
+    blocks = math.ceil(config.max_model_len / _CPU_BLOCK_TOKENS) + 1
+    # One sequence more than the batch: vLLM keeps a block for itself.
+    return (config.max_num_seqs + 1) * blocks * _CPU_BLOCK_TOKENS * per_token
 
 
 def _adapted_modules(adapter: Path) -> list[str]:
