@@ -12,7 +12,7 @@ def percent(rate: float | None) -> str:
 
 def points(difference: float) -> str:
     """Percentage points without the unit, never "-0.0"."""
-    return f"{100 * difference + 0.0:.1f}".replace("-0.0", "0.0")
+    return f"{round(100 * difference, 1) + 0.0:.1f}"
 
 
 def explain(check: CheckResult, *, alpha: float) -> str:
@@ -26,7 +26,7 @@ def _worsening(check: CheckResult, alpha: float) -> str:
     assert check.ci_high is not None
     name, confidence = METRIC_NAMES[check.metric], f"{100 * (1 - alpha):.0f} %"
     higher_is_better = check.metric in HIGHER_IS_BETTER
-    word = "fall" if higher_is_better else "rise"
+    worse, better = ("fall", "rise") if higher_is_better else ("rise", "fall")
     least, most = (-check.ci_high, -check.ci_low) if higher_is_better else (check.ci_low, check.ci_high)
     if check.metric == "win_rate":
         what = f"{name} against {check.vs} is {percent(check.value)}, an even match being 50.0 %"
@@ -34,7 +34,8 @@ def _worsening(check: CheckResult, alpha: float) -> str:
         moved = "stayed at" if check.delta == 0 else "rose from" if check.delta > 0 else "fell from"
         path = percent(check.value) if check.delta == 0 else f"{percent(check.reference)} to {percent(check.value)}"
         what = f"{name} {moved} {path} against {check.vs}"
-    figures = f"n={check.num_prompts}; {confidence} upper limit of the {word} {points(most)} points, margin {points(check.margin)}"
+    limit = f"upper limit of the {worse} {points(most)}" if most > 0 else f"lower limit of the {better} {points(-most)}"
+    figures = f"n={check.num_prompts}; {confidence} {limit} points, margin {points(check.margin)}"
     match check.state:
         case GateState.PASS if least > 0:
             return f"{what}: worse, but within the margin ({figures})"
