@@ -69,9 +69,9 @@ def line_chart(
     if not drawn:
         return None
     with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=(4.6, 2.5), facecolor="none")
+        figure = Figure(figsize=(4.0, 2.4), facecolor="none")
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.13, 0.17, 0.85, 0.77), facecolor="none")
+        axes = figure.add_axes((0.15, 0.18, 0.83, 0.76), facecolor="none")
         for position, one in enumerate(drawn):
             _draw(axes, one, colour=_SERIES[position % len(_SERIES)], dashes=("-", (0, (5, 2)), (0, (1, 1.5)))[position % 3])
         if reference is not None:

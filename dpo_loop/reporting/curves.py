@@ -28,7 +28,6 @@ _TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = 
     ("Preference accuracy", "pairs whose chosen answer has the higher reward", {"accuracy": "accuracy"}, True, 0.5),
     ("KL estimate", "from the reference on the pairs' own answers, nats per token", {"kl": "KL"}, False, 0.0),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, False, None),
-    ("NLL of chosen", "nats per token", {"nll": "NLL"}, False, None),
 )
 
 
@@ -65,9 +64,6 @@ def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Char
         note="lower is better, both together",
         x_name="round",
         in_percent=True,
-    )
-    yield line_chart(
-        "Pairs", [Series("pairs", tuple((row.round, row.num_pairs) for row in history), (), hollow)], sheet, x_name="round"
     )
 
 

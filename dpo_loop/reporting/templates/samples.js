@@ -25,26 +25,34 @@
     return made;
   };
 
-  const answer = (policy, [text, grade, bad, cut], harmful) => {
+  const answer = (policy, [text, grade, bad, cut], hidden) => {
     const box = element("div", "answer " + policy);
     const who = element("div", "who");
     who.append(element("strong", "", policy), element("span", "chip " + (bad ? "bad" : "good"), grade));
     if (cut) who.append(element("span", "chip", "cut off"));
     box.append(who);
-    if (harmful) {
-      const reveal = element("button", "", "Show answer");
-      reveal.type = "button";
-      reveal.setAttribute("aria-label", "Show the answer of " + policy + " to a harmful prompt");
-      reveal.addEventListener("click", () => {
-        const shownText = written(text);
-        shownText.tabIndex = -1;
-        reveal.replaceWith(shownText);
-        shownText.focus();
-      });
-      box.append(reveal);
-    } else {
-      box.append(written(text));
-    }
+    if (!hidden) box.append(written(text));
+    return box;
+  };
+
+  const answersOf = (sample, hidden) => {
+    const answers = element("div", "answers");
+    for (const [policy, row] of Object.entries(sample.answers)) answers.append(answer(policy, row, hidden));
+    return answers;
+  };
+
+  // Answers to harmful prompts are not in the page's elements until a person asks for them.
+  const concealed = (sample) => {
+    const box = element("div", "concealed");
+    const reveal = element("button", "", "Show answers to this harmful prompt");
+    reveal.type = "button";
+    reveal.addEventListener("click", () => {
+      const answers = answersOf(sample, false);
+      answers.tabIndex = -1;
+      box.replaceChildren(answers);
+      answers.focus();
+    });
+    box.append(answersOf(sample, true), reveal);
     return box;
   };
 
@@ -60,9 +68,7 @@
     head.append(link);
     const prompt = element("div", "prompt written", sample.prompt);
     prompt.dir = "auto";
-    const answers = element("div", "answers");
-    for (const [policy, row] of Object.entries(sample.answers)) answers.append(answer(policy, row, sample.side === "harmful"));
-    box.append(head, prompt, answers);
+    box.append(head, prompt, sample.side === "harmful" ? concealed(sample) : answersOf(sample, false));
     return box;
   };
 
