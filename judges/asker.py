@@ -97,7 +97,7 @@ class Asker:
         """Two tasks that ask the same at the same time share one call (candidate against a previous policy that is the anchor)."""
         while under_way := self._under_way.get(request.key):
             await asyncio.wait([under_way])
-            if not under_way.cancelled() and under_way.exception() is None:
+            if not under_way.cancelled():
                 self.num_known += 1
                 return under_way.result()
         mine: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -114,6 +114,9 @@ class Asker:
         while True:
             if self._ended_by:
                 raise self._ended_by
+            if known := self._ledger.find(request.key):  # reading locks nobody out, claiming does
+                self.num_known += 1
+                return known
             match self._ledger.claim(request.key, question):
                 case Reply() as known:
                     self.num_known += 1

@@ -15,9 +15,7 @@ Failures, and what becomes of them (facts/judges.md §9.6):
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import os
-import random
 import re
 import time
 from dataclasses import dataclass, field
@@ -30,14 +28,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_loop.errors import InputError, JudgeError
 from dpo_loop.types import Outcome, Undecided, UndecidedReason, Usage
 from judges.backend import BackendSpec, JudgeRequest, Reply
+from judges.backoff import LONGEST_RETRY_AFTER_S, pause_s, retry_after_s
 from judges.ballot import parse_verdict
 from judges.config import OpenAIJudge
 from judges.rubric import VERDICT_SCHEMA, load_rubric, render
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 20.0
-LONGEST_RETRY_AFTER_S = 60.0
-"""A server may ask for more; one wrong header must not stop a judge for hours."""
 _RETRIED_STATUSES = {408, 409, 429}
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = re.compile(r"context.length|context.window|maximum context|too long|too many tokens", re.IGNORECASE)
@@ -177,13 +172,11 @@ class OpenAIBackend:
                 return False
 
     def _pause_s(self, call: _Call) -> float:
-        """Full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter), at least what the server asks for."""
-        pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**call.attempts))
-        if call.retry_after_s is not None:
-            asked = min(call.retry_after_s, LONGEST_RETRY_AFTER_S)
-            self._not_before = max(self._not_before, time.monotonic() + asked)
-            pause = max(pause, asked)
-        return pause
+        if call.retry_after_s is None:
+            return pause_s(call.attempts)
+        asked = min(call.retry_after_s, LONGEST_RETRY_AFTER_S)
+        self._not_before = max(self._not_before, time.monotonic() + asked)
+        return pause_s(call.attempts, at_least=asked)
 
     async def _attempt(self, call: _Call) -> Outcome:
         call.retry_after_s = None
@@ -283,24 +276,6 @@ class OpenAIBackend:
         if len(self._key) >= 8:
             words = words.replace(self._key, "(key)")
         return re.sub(r"\s+", " ", words).strip()[:500]
-
-
-def retry_after_s(headers: Any, *, now: float) -> float | None:
-    """Seconds to wait that a reply asks for: `retry-after-ms`, `retry-after` in seconds or as a date; None if it does not say."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        text = headers.get(name)
-        if text is None:
-            continue
-        try:
-            seconds = float(text) * scale
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
-            except ValueError:
-                continue
-        if seconds == seconds:  # not nan
-            return max(0.0, seconds)
-    return None
 
 
 def _unavailable(detail: str) -> Undecided:

@@ -13,8 +13,9 @@ import pytest
 from dpo_loop.errors import InputError, JudgeError
 from dpo_loop.types import Decided, Undecided, UndecidedReason
 from judges.backend import JudgeRequest, Reply
+from judges.backoff import retry_after_s
 from judges.config import OpenAIJudge
-from judges.openai_backend import OpenAIBackend, retry_after_s
+from judges.openai_backend import OpenAIBackend
 from tests.judges.stub import KEY_ENV, Step, Stub, chat, fails, says
 from tests.judges.world import make_prompt
 

@@ -1,0 +1,119 @@
+"""The `openai` judge against a real vLLM server with a random model: the grammar makes its verdicts valid, nothing makes them wise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_loop.artifacts import materialize, read_manifest
+from dpo_loop.errors import JudgeError
+from dpo_loop.exchange import read_ballots, read_judgements
+from dpo_loop.types import Decided
+from judges.config import OpenAIJudge
+from judges.stage import judge_stage
+from tests.builders import build_model
+from tests.judges.stub import KEY_ENV
+from tests.judges.world import make_prompt, write_answers, write_prompts
+
+START_DEADLINE_S = 420.0
+"""Start-up takes about a minute on two idle cores, and the cores are seldom idle."""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """base_url of a server of its own process group, with a key; the group is ended and waited for."""
+    folder = tmp_path_factory.mktemp("vllm")
+    # The tiny tokenizer knows next to no words: rubric and answers are about 2,000 of its tokens, a long rationale as many again.
+    model = build_model(folder / "model", max_positions=8_192)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # `vllm serve` looks for a distribution named vllm, which the CPU wheel is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192", "--enforce-eager", "--api-key", "local-key"]
+    # A random model would fill the space between two JSON tokens with blanks up to the token limit.
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        _wait_until_healthy(process, port, folder / "server.log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        _end_group(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the vLLM server did not start:\n{log.read_text(errors='replace')[-3_000:]}")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait(timeout=15)
+
+
+def judge_at(server: str, **settings: object) -> OpenAIJudge:
+    return OpenAIJudge.model_validate(
+        {"kind": "openai", "model": "tiny", "base_url": server, "api_key_env": KEY_ENV, "max_output_tokens": 3_000, **settings}
+    )
+
+
+def test_a_real_server_gives_verdicts_that_the_schema_constrains(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_ENV, "local-key")
+    prompts = [make_prompt(f"Say {word}") for word in ("one", "two")]
+    write_prompts(tmp_path / "prompts", prompts)
+    write_answers(tmp_path / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    judge = judge_at(server, temperature=1.0, deadline_s=300.0, attempt_timeout_s=150.0)
+    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge, **inputs)
+    ballots = list(read_ballots(tmp_path / "judge"))
+    assert len(ballots) == 4
+    decided = [ballot for ballot in ballots if isinstance(ballot.outcome, Decided)]
+    assert decided == ballots, [ballot.outcome for ballot in ballots]
+    assert {ballot.outcome.p_left for ballot in decided if isinstance(ballot.outcome, Decided)} <= {0.0, 0.5, 1.0}
+    assert {ballot.served_model for ballot in ballots} == {"tiny"}
+    assert all(ballot.usage.input_tokens > 100 and ballot.usage.output_tokens > 5 for ballot in ballots)
+    assert [judgement.verdict is not None for judgement in read_judgements(tmp_path / "judge")] == [True] * 2
+
+    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "again", judge=judge, **inputs)
+    manifest = read_manifest(tmp_path / "again")
+    assert manifest is not None
+    assert manifest.outcome.metrics["calls_asked"] == 0
+
+
+def test_a_real_server_says_in_its_own_words_what_is_wrong(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_prompts(tmp_path / "prompts", [make_prompt("Say one")])
+    write_answers(tmp_path / "generate", [(make_prompt("Say one"), ["x", "y"])])
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    for key, model, words in (("wrong-key", "tiny", f"401.*{KEY_ENV}"), ("local-key", "huge", "404.*`huge` does not exist")):
+        monkeypatch.setenv(KEY_ENV, key)
+        with pytest.raises(JudgeError, match=words):
+            materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge_at(server, model=model), **inputs)
