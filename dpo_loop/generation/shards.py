@@ -65,6 +65,8 @@ class Shards:
 
     def publish(self, out: Path) -> None:
         """Copy the finished shards into the stage's directory."""
-        self._journal.close()
         for shard in sorted(self.finished):
             shutil.copyfile(self._scratch / completions_file(shard), out / completions_file(shard))
+
+    def close(self) -> None:
+        self._journal.close()

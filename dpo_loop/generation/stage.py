@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
 from dpo_loop.errors import ConfigError, PolicyError
 from dpo_loop.exchange import DROPPED, read_prompts
 from dpo_loop.files import write_jsonl
-from dpo_loop.generation.canary import check_canary, read_canary
+from dpo_loop.generation.canary import Canary, check_canary, read_canary
 from dpo_loop.generation.chat import Chat
-from dpo_loop.generation.engine import Answer, Ask, OpenEngine, Sampling, open_engine, prepare_environment
+from dpo_loop.generation.engine import Answer, Ask, Engine, OpenEngine, Sampling, open_engine, prepare_environment
 from dpo_loop.generation.shards import ShardFigures, Shards
 from dpo_loop.policies import adapter_problems, adapter_sha256, model_problems
 from dpo_loop.progress import say
@@ -126,42 +127,42 @@ def _play(
         for prompt, ids in rendered
         if len(ids) > limit
     ]
-    shards = Shards(scratch(out))
     slices = [kept[begin : begin + shard_size] for begin in range(0, len(kept), shard_size)]
-    todo = [index for index in range(len(slices)) if index not in shards.finished]
-    metrics: dict[str, Any] = {"engine_start_s": None, "canary": None, "num_shards_resumed": len(slices) - len(todo)}
-    if todo:
-        say(f"{name}: starting vLLM for {len(kept)} prompts ({len(slices) - len(todo)} of {len(slices)} shards are done already)")
-        engine = start(policy, engine_config)
-        metrics["engine_start_s"] = round(engine.start_s, 2)
-        say(f"{name}: engine ready after {engine.start_s:.1f} s")
-        if canary is None:
-            say(f"{name}: the policy is a bare base without canary.json; its log-probs were not compared")
-        else:
-            figures = check_canary(engine, canary, tolerance=engine_config.canary_tolerance)
-            metrics["canary"] = asdict(figures)
-            say(f"{name}: canary passed: {figures}")
+    metrics: dict[str, Any] = {"engine_start_s": None, "canary": None}
+    with closing(Shards(scratch(out))) as shards:
+        todo = [index for index in range(len(slices)) if index not in shards.finished]
+        metrics["num_shards_resumed"] = len(slices) - len(todo)
+        if todo:
+            say(f"{name}: starting the engine; {len(todo)} of {len(slices)} shards, {len(kept)} prompts in all")
+            engine = start(policy, engine_config)
+            say(f"{name}: engine ready after {engine.start_s:.1f} s")
+            metrics |= {"engine_start_s": round(engine.start_s, 2), "canary": _prove(name, engine, canary, engine_config)}
         for index in todo:
             began = time.monotonic()
             wanted = [(prompt, ids, sample, seed_of(prompt, sample)) for prompt, ids in slices[index] for sample in range(k)]
             answers = engine.sample([Ask(prompt_token_ids=ids, seed=seed) for _, ids, _, seed in wanted], sampling)
             seconds = time.monotonic() - began
-            shards.finish(
-                index,
-                [
-                    _completion(prompt, ids, sample, seed, answer, policy_key=policy.key, text=chat.text(answer.token_ids))
-                    for (prompt, ids, sample, seed), answer in zip(wanted, answers, strict=True)
-                ],
-                seconds=seconds,
-            )
+            completions = [
+                _completion(prompt, ids, sample, seed, answer, policy_key=policy.key, text=chat.text(answer.token_ids))
+                for (prompt, ids, sample, seed), answer in zip(wanted, answers, strict=True)
+            ]
+            shards.finish(index, completions, seconds=seconds)
             say(f"{name}: {_progress(list(shards.finished.values()), len(kept))}")
-    shards.publish(out)
+        shards.publish(out)
+        metrics |= _metrics(list(shards.finished.values()))
     write_jsonl(out / DROPPED, dropped)
     parts = {"generated": len(kept), "prompt_too_long": len(dropped)}
-    return StageOutcome(
-        tallies=(Tally(of="prompts", total=len(rendered), parts=parts),),
-        metrics=_metrics(list(shards.finished.values())) | metrics,
-    )
+    return StageOutcome(tallies=(Tally(of="prompts", total=len(rendered), parts=parts),), metrics=metrics)
+
+
+def _prove(name: str, engine: Engine, canary: Canary | None, config: EngineConfig) -> dict[str, Any] | None:
+    """Figures of the canary, None where a bare base has none. Raises CanaryError if the engine does not serve the policy."""
+    if canary is None:
+        say(f"{name}: the policy is a bare base without canary.json; its log-probs were not compared")
+        return None
+    figures = check_canary(engine, canary, tolerance=config.canary_tolerance)
+    say(f"{name}: canary passed: {figures}")
+    return asdict(figures)
 
 
 def _check_policy(policy: PolicyRef, config: EngineConfig) -> None:
@@ -199,7 +200,7 @@ def _completion(
 
 
 def _progress(done: Sequence[ShardFigures], num_prompts: int) -> str:
-    last = done[-1]
+    last = done[-1]  # in this process: shards of an earlier one come first
     return (
         f"{sum(s.num_prompts for s in done)}/{num_prompts} prompts, {sum(s.num_completions for s in done)} completions, "
         f"{last.num_tokens / max(last.seconds, 1e-9):.0f} tok/s"

@@ -141,7 +141,7 @@ def _most_kv_bytes(policy: PolicyRef, config: EngineConfig) -> int:
     per_token = 2 * shape.num_hidden_layers * heads * head * 4
     blocks = math.ceil(config.max_model_len / _CPU_BLOCK_TOKENS) + 1
     # One sequence more than the batch: vLLM keeps a block for itself.
-    return (config.max_num_seqs + 1) * blocks * _CPU_BLOCK_TOKENS * per_token
+    return int((config.max_num_seqs + 1) * blocks * _CPU_BLOCK_TOKENS * per_token)
 
 
 def _adapted_modules(adapter: Path) -> list[str]:
