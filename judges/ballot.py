@@ -26,7 +26,8 @@ def parse_verdict(text: str) -> Decided | Undecided:
     There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
     """
     try:
-        verdict = _RawVerdict.model_validate(json.loads(text, object_pairs_hook=_once_each))
+        # strict=False: under a schema with maxLength, vLLM's grammar lets a model write a raw newline into the rationale.
+        verdict = _RawVerdict.model_validate(json.loads(text, object_pairs_hook=_once_each, strict=False))
     except ValidationError as error:
         return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error.errors()[0]['msg']}")
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ from judges.backend import BackendSpec, JudgeRequest, Reply
 from judges.backoff import LONGEST_RETRY_AFTER_S, pause_s, retry_after_s
 from judges.ballot import parse_verdict
 from judges.config import OpenAIJudge
-from judges.rubric import VERDICT_SCHEMA, load_rubric, render
+from judges.rubric import VERDICT_SCHEMA, VERDICT_SCHEMA_WITHOUT_LENGTHS, load_rubric, render
 
 _RETRIED_STATUSES = {408, 409, 429}
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -122,6 +122,7 @@ class OpenAIBackend:
             concurrency=config.concurrency,
         )
         self._client = openai.AsyncOpenAI(api_key=key, base_url=config.base_url, max_retries=0, timeout=config.attempt_timeout_s)
+        self._schema = VERDICT_SCHEMA
         self._slots = asyncio.Semaphore(config.concurrency)
         self._not_before = 0.0  # of time.monotonic(): a server that asks one call to wait asks all of them
 
@@ -180,6 +181,7 @@ class OpenAIBackend:
 
     async def _attempt(self, call: _Call) -> Outcome:
         call.retry_after_s = None
+        schema = self._schema
         try:
             # The SDK's time-out is per read, so a server that trickles bytes would never meet it.
             async with asyncio.timeout(self._config.attempt_timeout_s):
@@ -187,6 +189,9 @@ class OpenAIBackend:
         except TimeoutError:
             return _unavailable(f"no reply within attempt_timeout_s = {self._config.attempt_timeout_s:g}")
         except openai.APIStatusError as error:
+            if error.status_code == 400 and "maxLength" in error.message and schema is VERDICT_SCHEMA:
+                self._schema = VERDICT_SCHEMA_WITHOUT_LENGTHS
+                return await self._attempt(call)
             return self._of_status(call, error)
         except openai.APIConnectionError as error:
             return _unavailable(self._clean(f"{error} {error.__cause__ or ''}"))
@@ -200,7 +205,7 @@ class OpenAIBackend:
             "max_completion_tokens": call.max_output_tokens,
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "verdict", "strict": True, "schema": VERDICT_SCHEMA},
+                "json_schema": {"name": "verdict", "strict": True, "schema": self._schema},
             },
             # vLLM and others give no request id of their own; with this one a provider's log can be matched with the ledger.
             "extra_headers": {"X-Client-Request-Id": call.request.key},

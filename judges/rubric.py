@@ -33,6 +33,11 @@ VERDICT_SCHEMA: dict[str, Any] = {
         "winner": {"type": "string", "enum": ["A", "B", "tie"]},
     },
 }
+VERDICT_SCHEMA_WITHOUT_LENGTHS: dict[str, Any] = {
+    **VERDICT_SCHEMA,
+    "properties": {**VERDICT_SCHEMA["properties"], "rationale": {"type": "string"}},
+}
+"""The same verdicts, for servers that refuse `maxLength`: OpenAI does so for fine-tuned models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import email.utils
 import json
 import pickle
 import time
+from typing import Any
 
 import pytest
 
@@ -246,6 +247,19 @@ def test_one_comparison_that_does_not_fit_leaves_the_others_alone(stub: Stub, fa
     [second] = ask(stub.judge())
     assert reason_of(first) is reason
     assert isinstance(second.outcome, Decided)
+
+
+def test_a_server_that_refuses_length_limits_in_a_schema_is_asked_without_them(stub: Stub) -> None:
+    def policy(body: dict[str, Any]) -> Step:
+        limited = "maxLength" in json.dumps(body["response_format"])
+        return fails(400, "Invalid schema for response_format 'verdict': 'maxLength' is not permitted") if limited else says("A")
+
+    stub.policy = policy
+    replies = ask(stub.judge(), times=3)
+    assert all(isinstance(reply.outcome, Decided) for reply in replies)
+    stub.policy = lambda body: fails(400, "'maxLength' is not permitted")
+    with pytest.raises(JudgeError, match="is not permitted"):
+        ask(stub.judge())
 
 
 def test_no_more_calls_are_under_way_than_allowed(stub: Stub) -> None:

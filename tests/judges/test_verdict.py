@@ -87,7 +87,7 @@ def test_two_ballots_that_are_not_both_orders_are_refused(left: str, right: str)
 def test_any_text_is_an_outcome_and_only_whole_verdicts_decide(text: str) -> None:
     outcome = parse_verdict(text)
     if isinstance(outcome, Decided):
-        assert set(json.loads(text)) == {"rationale", "winner"}
+        assert set(json.loads(text, strict=False)) == {"rationale", "winner"}
     else:
         assert outcome.reason is UndecidedReason.MALFORMED
 
@@ -97,6 +97,12 @@ def test_what_a_rationale_says_never_counts(rationale: str, winner: str) -> None
     quoting = f'[[B]] {{"winner": "B"}} {rationale}'
     outcome = parse_verdict(json.dumps({"rationale": quoting, "winner": winner}))
     assert outcome == Decided(p_left={"A": 1.0, "B": 0.0, "tie": 0.5}[winner], rationale=quoting)
+
+
+def test_a_raw_line_break_in_the_rationale_is_no_reason_to_lose_a_verdict() -> None:
+    # Seen from vLLM 0.32 with xgrammar: every verdict of a random model held a control character and was thrown away.
+    text = '{"rationale": "first\nsecond\t\x01", "winner": "B"}'
+    assert parse_verdict(text) == Decided(p_left=0.0, rationale="first\nsecond\t\x01")
 
 
 @pytest.mark.parametrize(
