@@ -5,6 +5,7 @@ YAML → dict → `--set a.b=c` → RunConfig. All problems of a file are report
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
 def read_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The file as a dict with the overrides applied. Raises ConfigError if either cannot be read."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"{path} does not exist; give the path of a YAML file, such as deploy/configs/demo.yaml"]) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -107,13 +108,33 @@ def read_raw(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return apply_overrides(raw, overrides)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-5` as text (YAML 1.1 wants a dot); here it is a number, as in YAML 1.2. A key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`raw` with each `a.b=c` set; a number in a path is an index of a list. Raises ConfigError listing those that do not fit."""
-    changed = yaml.safe_load(yaml.safe_dump(dict(raw)))
+    changed = copy.deepcopy(dict(raw))
     problems = [problem for text in overrides if (problem := _override(changed, text))]
     if problems:
         raise ConfigError(problems)
-    assert isinstance(changed, dict)
     return changed
 
 
@@ -123,7 +144,7 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
     if not equals or not all(parts):
         return f"--set {text}: write it as key=value, for example training.optimizer.lr=1e-5"
     try:
-        value = yaml.safe_load(value_text)
+        value = _read_yaml(value_text)
     except yaml.YAMLError as error:
         return f"{name}: --set value {value_text!r} is not YAML: {' '.join(str(error).split())}"
     place: Any = raw

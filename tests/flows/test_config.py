@@ -11,7 +11,7 @@ import pytest
 
 from dpo_loop.errors import ConfigError, StaleArtifactError
 from dpo_loop.layout import RunDir
-from flows.config import apply_overrides, changed_keys, load_config
+from flows.config import apply_overrides, changed_keys, load_config, read_raw
 from flows.preflight import check, checked_config, preflight
 from flows.rounds import adopt_config
 from tests.flows.runs import raw_config, small_config, write_config
@@ -125,7 +125,7 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
     assert apply_overrides(raw, ["a.b=[1, 2]", "c.0.d=x", "e.f=1e-5", "g=null"]) == {
         "a": {"b": [1, 2]},
         "c": [{"d": "x"}],
-        "e": {"f": "1e-5"},
+        "e": {"f": 1e-5},
         "g": None,
     }
     assert raw["a"] == {"b": 1}
@@ -134,9 +134,15 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run"))
-    assert load_config(path, ["training.optimizer.lr=1e-5"]).training.optimizer.lr == 1e-5
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: 1e-5\nb: -2E+3\nc: 1.5e4\nd: 1e-5x\ne: 12e\n")
+    assert read_raw(tmp_path / "c.yaml") == {"a": 1e-5, "b": -2e3, "c": 1.5e4, "d": "1e-5x", "e": "12e"}
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a:\n  b: 1\n  b: 2\n")
+    with pytest.raises(ConfigError, match="the key b is there twice"):
+        read_raw(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(
