@@ -29,13 +29,8 @@ class Degeneration(StrEnum):
 
 def degeneration_of(text: str, finish_reason: FinishReason, *, prompt: str | None = None) -> Degeneration | None:
     """What is broken about an answer, None for an ordinary one. prompt: the last user turn, to recognise an answer that repeats it."""
-    visible = [char for char in text if not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf")]
-    if not visible:
-        return Degeneration.EMPTY
-    broken = sum(char == "\ufffd" or unicodedata.category(char) in ("Cn", "Co", "Cs") for char in visible)
-    controls = sum(unicodedata.category(char) == "Cc" and not char.isspace() for char in text)
-    if broken + controls > 0.3 * (len(visible) + controls):
-        return Degeneration.UNREADABLE
+    if (found := _unreadable(text)) is not None:
+        return found
     if _TEMPLATE_MARK.search(text):
         return Degeneration.TEMPLATE
     if _loops(text, finish_reason):
@@ -43,6 +38,18 @@ def degeneration_of(text: str, finish_reason: FinishReason, *, prompt: str | Non
     if prompt is not None and _echoes(text, prompt):
         return Degeneration.ECHO
     return None
+
+
+def _unreadable(text: str) -> Degeneration | None:
+    solid = "".join(text.split())
+    if solid and solid.isprintable() and "\ufffd" not in solid:
+        return None  # nearly every answer: no look at single characters
+    categories = [unicodedata.category(char) for char in solid]
+    num_visible = sum(category not in ("Cc", "Cf") for category in categories)
+    if num_visible == 0:
+        return Degeneration.EMPTY
+    num_broken = solid.count("\ufffd") + sum(category in ("Cc", "Cn", "Co", "Cs") for category in categories)
+    return Degeneration.UNREADABLE if num_broken > 0.3 * len(solid) else None
 
 
 def repeat_ratio(text: str) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Intervals and tests of the gate. Pure functions of counts, scipy only.
+"""Intervals and tests of the gate. Pure functions of counts. Of scipy only `special`: `scipy.stats` takes a second to import.
 
 All limits are one-sided at confidence 1 - alpha, because the gate asks one-sided questions: is it no worse than a margin? A lower
 and an upper limit together are an interval of confidence 1 - 2 alpha. With no observations a limit is the end of its range: nothing
@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from scipy.special import betaincinv, ndtri
-from scipy.stats import binom
+from scipy.special import betainc, betaincinv, ndtri
 
 SideOfLimit = Literal["lower", "upper"]
 
@@ -47,8 +46,8 @@ def tango_limit(num_worse: int, num_better: int, num_pairs: int, *, alpha: float
 
 def mcnemar_p(num_worse: int, num_better: int) -> float:
     """Exact one-sided McNemar test: how likely so many or more of the changed pairs would be worse if either way were as likely."""
-    changed = num_worse + num_better
-    return float(binom.sf(num_worse - 1, changed, 0.5)) if changed else 1.0
+    # P(X >= worse) of a fair binomial over all changed pairs is a regularised incomplete beta function
+    return float(betainc(num_worse, num_better + 1, 0.5)) if num_worse else 1.0
 
 
 def clopper_pearson_limit(num_hits: int, num_trials: int, *, alpha: float, side: SideOfLimit) -> float:

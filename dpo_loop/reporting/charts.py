@@ -71,15 +71,15 @@ def line_chart(
     with mpl.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.0, 2.4), facecolor="none")
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.15, 0.18, 0.83, 0.76), facecolor="none")
+        axes = figure.add_axes((0.15, 0.17, 0.83, 0.70 if len(drawn) > 1 else 0.77), facecolor="none")
         for position, one in enumerate(drawn):
             _draw(axes, one, colour=_SERIES[position % len(_SERIES)], dashes=("-", (0, (5, 2)), (0, (1, 1.5)))[position % 3])
         if reference is not None:
             axes.axhline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         _dress(axes, x_name=x_name, in_percent=in_percent, whole_x=all(x == int(x) for one in drawn for x, _ in one.known))
         if len(drawn) > 1:
-            legend = axes.legend(loc="best", frameon=False, labelcolor=_INK, fontsize=9, handlelength=2.2)
-            legend.set_zorder(5)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.17, 0.98), ncols=len(drawn), frameon=False, labelcolor=_INK, fontsize=9,
+                        handlelength=1.8, columnspacing=1.2)  # fmt: skip
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     alt = "; ".join(_spoken(one, in_percent=in_percent) for one in drawn)

@@ -47,7 +47,9 @@ def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Char
         intervals = tuple(getattr(row, ci) for row in history) if ci else ()
         return Series(label, tuple((row.round, getattr(row, name)) for row in history), intervals, hollow)
 
-    yield line_chart("Pass rate", [of("pass rate", "pass_rate")], sheet, x_name="round", in_percent=True)
+    yield line_chart(
+        "Pass rate", [of("pass rate", "pass_rate")], sheet, note="share of tasks passed", x_name="round", in_percent=True
+    )
     yield line_chart(
         "Win rate",
         [of("vs anchor", "win_rate_anchor", "win_rate_anchor_ci"), of("vs previous", "win_rate_previous", "win_rate_previous_ci")],

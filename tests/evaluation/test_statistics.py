@@ -106,6 +106,7 @@ def test_mcnemar_is_the_binomial_tail() -> None:
     assert mcnemar_p(2, 1) == pytest.approx(0.5)
     assert mcnemar_p(0, 0) == 1
     assert mcnemar_p(0, 4) == 1
+    assert mcnemar_p(31, 12) == pytest.approx(binomtest(31, 43, alternative="greater").pvalue)
 
 
 def test_holm_adjusts_as_in_the_textbook() -> None:
