@@ -79,8 +79,18 @@ def read_canary(policy: PolicyRef) -> Canary | None:
     return canary
 
 
-def check_canary(engine: Engine, canary: Canary, *, tolerance: float) -> CanaryFigures:
-    """Score the canary's sequences with `engine`. Raises CanaryError, with the figures, if it does not serve the policy."""
+def check_canary(engine: Engine, canary: Canary, *, tolerance: float, max_tokens: int) -> CanaryFigures:
+    """Score the canary's sequences with `engine`. Raises CanaryError, with the figures, if it does not serve the policy.
+
+    max_tokens: longer sequences do not fit into the engine and are left out.
+    """
+    fitting = tuple(s for s in canary.sequences if len(s.prompt_token_ids) + len(s.token_ids) <= max_tokens)
+    if not fitting:
+        raise CanaryError(
+            f"none of the {len(canary.sequences)} canary sequences has at most {max_tokens} tokens, so nothing can show that the engine "
+            "serves the policy. Raise engine.max_model_len."
+        )
+    canary = canary.model_copy(update={"sequences": fitting})
     sequences = [(*s.prompt_token_ids, *s.token_ids) for s in canary.sequences]
     served = _completion_part(canary, engine.score(sequences, with_adapter=True))
     policy = [x for s in canary.sequences for x in s.policy_logprobs]

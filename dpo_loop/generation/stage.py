@@ -160,7 +160,8 @@ def _prove(name: str, engine: Engine, canary: Canary | None, config: EngineConfi
     if canary is None:
         say(f"{name}: the policy is a bare base without canary.json; its log-probs were not compared")
         return None
-    figures = check_canary(engine, canary, tolerance=config.canary_tolerance)
+    # One token less than the context: an engine scores a sequence by asking for the token after it.
+    figures = check_canary(engine, canary, tolerance=config.canary_tolerance, max_tokens=config.max_model_len - 1)
     say(f"{name}: canary passed: {figures}")
     return asdict(figures)
 

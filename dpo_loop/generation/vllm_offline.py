@@ -139,9 +139,9 @@ def _most_kv_bytes(policy: PolicyRef, config: EngineConfig) -> int:
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     per_token = 2 * shape.num_hidden_layers * heads * head * 4
-    blocks = math.ceil(config.max_model_len / _CPU_BLOCK_TOKENS) + 1
-    # One sequence more than the batch: vLLM keeps a block for itself.
-    return int((config.max_num_seqs + 1) * blocks * _CPU_BLOCK_TOKENS * per_token)
+    blocks = config.max_num_seqs * math.ceil(config.max_model_len / _CPU_BLOCK_TOKENS)
+    # vLLM keeps one block for itself.
+    return int((blocks + 2) * _CPU_BLOCK_TOKENS * per_token)
 
 
 def _adapted_modules(adapter: Path) -> list[str]:
@@ -174,14 +174,14 @@ class OneAdapterOnCpu(PunicaWrapperCPU):  # type: ignore[misc]
 class _Lines(tqdm):  # type: ignore[misc]
     """vLLM's progress bar as plain lines, at most one in five seconds; the stage says when the shard is finished."""
 
+    monitor_interval = 0  # no thread that watches the bar
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "mininterval": 5.0, "delay": 5.0})
 
-    def refresh(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM asks for this at the end."""
-
     def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002 - tqdm's signature
-        say(f"  {self.n}/{self.total} completions of this shard, {self.postfix}")
+        if self.n < self.total:
+            say(f"  {self.n}/{self.total} completions of this shard, {self.postfix}")
 
     def close(self) -> None:
         self.disable = True

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from dpo_loop.artifacts import Stage, materialize
-from dpo_loop.errors import CanaryError
+from dpo_loop.errors import CanaryError, PolicyError
 from dpo_loop.generation.canary import check_canary, read_canary
 from dpo_loop.generation.engine import Engine, open_engine
 from dpo_loop.generation.stage import ANSWER, GENERATE, generate
@@ -40,6 +41,7 @@ def answer(world: World) -> None:
 
 
 def scenarios(world: World) -> None:
+    too_long = _complaint(lambda: open_engine(world.policy(), ENGINE.model_copy(update={"max_model_len": 4_096})))
     engine = open_engine(world.policy(), ENGINE)
     stage = Stage(GENERATE.name, GENERATE.version, partial(generate, start=lambda policy, config: engine))
     materialize(stage, world.rounds / "killed", **world.generate_inputs())
@@ -47,17 +49,18 @@ def scenarios(world: World) -> None:
     materialize(stage, world.rounds / "other_seed", **world.generate_inputs(seed=8))
     mine, other = read_canary(world.policy()), read_canary(world.other_policy())
     seen = {
-        "not_applied": _complaint(lambda: check_canary(BaseOnly(engine), mine, tolerance=10.0)),
-        "other_adapter": _complaint(lambda: check_canary(engine, other, tolerance=ENGINE.canary_tolerance)),
+        "too_long_context": too_long,
+        "not_applied": _complaint(lambda: check_canary(BaseOnly(engine), mine, tolerance=10.0, max_tokens=127)),
+        "other_adapter": _complaint(lambda: check_canary(engine, other, tolerance=ENGINE.canary_tolerance, max_tokens=127)),
     }
     (world.root / "seen.json").write_text(json.dumps(seen))
 
 
-def _complaint(check: object) -> str:
+def _complaint(check: Callable[[], object]) -> str:
     try:
         check()
-    except CanaryError as error:
-        return str(error)
+    except (CanaryError, PolicyError) as error:
+        return f"{type(error).__name__}: {error}"
     return "no complaint"
 
 

@@ -26,6 +26,11 @@ def _files(stage_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in stage_dir.glob("*.jsonl")}
 
 
+def _complaint(world: World, scenario: str) -> str:
+    """What an error said in the child `scenarios`."""
+    return json.loads((world.root / "seen.json").read_text())[scenario]
+
+
 def test_a_stage_killed_after_its_first_shard_goes_on_from_there_and_ends_byte_identical(played: World, killed: int) -> None:
     assert 1 <= killed < NUM_SHARDS
     resumed, whole = read_manifest(played.rounds / "killed"), read_manifest(played.rounds / "whole")
@@ -109,15 +114,21 @@ def test_the_canary_passes_for_the_adapter_that_is_served(played: World) -> None
 
 
 def test_the_canary_stops_an_engine_that_does_not_apply_the_adapter(played: World) -> None:
-    complaint = json.loads((played.root / "seen.json").read_text())["not_applied"]
-    assert "does not apply the policy's adapter" in complaint
+    complaint = _complaint(played, "not_applied")
+    assert complaint.startswith("CanaryError: the engine does not apply the policy's adapter")
     assert "adapter effect 0.000 of 1" in complaint
 
 
 def test_the_canary_stops_an_engine_that_serves_another_adapter(played: World) -> None:
-    complaint = json.loads((played.root / "seen.json").read_text())["other_adapter"]
-    assert "the engine does not" in complaint
-    assert "nats over" in complaint
+    complaint = _complaint(played, "other_adapter")
+    assert complaint.startswith("CanaryError: the engine does not serve this policy: mean |engine - transformers+peft|")
+    assert "the tolerance is 0.05" in complaint
+
+
+def test_a_context_longer_than_the_models_is_refused_with_vllms_reason(played: World) -> None:
+    complaint = _complaint(played, "too_long_context")
+    assert complaint.startswith(f"PolicyError: vLLM cannot serve the policy at {played.adapter}")
+    assert "max_model_len" in complaint
 
 
 def test_a_bare_base_answers_greedily_after_its_own_canary(played: World) -> None:

@@ -196,29 +196,35 @@ def _canary(difference: float) -> Canary:
 @given(difference=st.floats(1e-3, 1.0), noise=st.sampled_from([1e-7, 1e-5, 1e-4]))
 def test_an_adapter_far_smaller_than_the_tolerance_is_still_missed_when_it_is_not_applied(difference: float, noise: float) -> None:
     canary = _canary(difference)
-    applied = check_canary(Serving(canary, share=1.0, noise=noise), canary, tolerance=0.05)
+    applied = check_canary(Serving(canary, share=1.0, noise=noise), canary, tolerance=0.05, max_tokens=64)
     if applied.effect is not None:
         assert applied.effect == pytest.approx(1, abs=0.25)
         with pytest.raises(CanaryError, match="does not apply the policy's adapter"):
-            check_canary(Serving(canary, share=0.0, noise=noise), canary, tolerance=0.05)
+            check_canary(Serving(canary, share=0.0, noise=noise), canary, tolerance=0.05, max_tokens=64)
     assert applied.effect is not None or difference < 20 * noise
 
 
 def test_an_effect_that_drowns_in_the_engines_noise_is_not_judged() -> None:
     canary = _canary(1e-4)
-    assert check_canary(Serving(canary, share=0.0, noise=1e-2), canary, tolerance=0.05).effect is None
+    assert check_canary(Serving(canary, share=0.0, noise=1e-2), canary, tolerance=0.05, max_tokens=64).effect is None
 
 
 def test_numerics_beyond_the_tolerance_stop_the_round_with_the_figures() -> None:
     canary = _canary(0.5)
     with pytest.raises(CanaryError, match=r"nats over 64 tokens.*the tolerance is 0\.05"):
-        check_canary(Serving(canary, share=1.0, noise=0.2), canary, tolerance=0.05)
+        check_canary(Serving(canary, share=1.0, noise=0.2), canary, tolerance=0.05, max_tokens=64)
 
 
 def test_a_log_prob_that_is_not_a_number_does_not_pass() -> None:
     canary = _canary(0.5)
     with pytest.raises(CanaryError, match="nan nats"):
-        check_canary(Serving(canary, share=1.0, noise=math.nan), canary, tolerance=1e9)
+        check_canary(Serving(canary, share=1.0, noise=math.nan), canary, tolerance=1e9, max_tokens=64)
+
+
+def test_a_canary_longer_than_the_context_proves_nothing() -> None:
+    canary = _canary(0.5)
+    with pytest.raises(CanaryError, match=r"none of the 4 canary sequences has at most 18 tokens.*Raise engine\.max_model_len"):
+        check_canary(Serving(canary, share=1.0, noise=0.0), canary, tolerance=0.05, max_tokens=18)
 
 
 def test_the_canary_file_has_the_agreed_fields(world: World) -> None:
