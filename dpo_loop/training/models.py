@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -112,8 +112,10 @@ def save_adapter(model: Any, out: Path, *, policy: PolicyRef) -> None:
     absolute path of the base, either of which would change the adapter's hash without changing the adapter.
     """
     out.mkdir()
+    # Bytes first: a full disk is then an OSError, which materialize explains, and not one of safetensors.
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: tensor.float().contiguous().cpu() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
+    payload = save({name: tensor.float().contiguous().cpu() for name, tensor in weights.items()})
+    (out / "adapter_model.safetensors").write_bytes(payload)
     shape = {
         name: sorted(value) if isinstance(value, set) else value for name, value in model.peft_config["default"].to_dict().items()
     }

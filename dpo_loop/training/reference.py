@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpo_loop.errors import TrainingDivergedError
@@ -51,7 +51,10 @@ def reference_logprobs(
         return values
     values = _score_all(model, sequences, accelerator, max_tokens)
     aside = path.with_suffix(".tmp")
-    save_file({"logprobs": torch.cat(values)}, aside)
+    with aside.open("wb") as file:
+        file.write(save({"logprobs": torch.cat(values)}))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
     return values
 

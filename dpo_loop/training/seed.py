@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from dpo_loop.artifacts import Stage, scratch
 from dpo_loop.config import ModelStart, SftStart, Start
-from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.errors import InputError, PolicyError, StorageError
 from dpo_loop.exchange import CANARY, METRICS
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy, write_policy
@@ -122,7 +123,10 @@ def _publish(out: Path, policy: PolicyRef, loaded: Any, sequences: Any, accelera
 
 def _save_model(model: Any, out: Path, *, like: Path) -> None:
     """All weights in the dtype in which the start model was published; tokenizer files are copied byte by byte."""
-    model.to(AutoConfig.from_pretrained(like).dtype or torch.float32).save_pretrained(out)
+    try:
+        model.to(AutoConfig.from_pretrained(like).dtype or torch.float32).save_pretrained(out)
+    except SafetensorError as error:
+        raise StorageError(f"cannot write the model to {out}: {error}. Free space, then run the same command again.") from error
     for pattern in _TOKENIZER_FILES:
         for path in like.glob(pattern):
             shutil.copyfile(path, out / path.name)

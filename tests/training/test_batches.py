@@ -1,6 +1,8 @@
 """The order and the cut: every example once an epoch, budgets kept, gradients the same for any cut."""
 
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpo_loop.training.batches import epoch_order, micro_batches, optimizer_steps
 from dpo_loop.training.dpo import DpoObjective, sequences_of
-from dpo_loop.training.models import build_accelerator, load_policy, trainable_parameters
+from dpo_loop.training.models import build_accelerator, continue_adapter, load_base, set_training_mode, trainable_parameters
 from dpo_loop.training.reference import reference_logprobs
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs, training_config
@@ -43,33 +45,62 @@ def test_a_cut_is_made_where_it_saves_more_padding_than_it_costs() -> None:
     assert micro_batches(range(4), [10, 20, 10, 20], max_tokens=8192) == [[0, 2, 1, 3]]
 
 
-def test_the_gradient_does_not_depend_on_the_micro_batches(base: PolicyRef, adapted: PolicyRef, tmp_path) -> None:
+@dataclass(frozen=True)
+class Problem:
+    """Thirteen ragged pairs whose policy is away from their reference."""
+
+    objective: DpoObjective
+    lengths: list[int]
+
+    def gradient(self, cut: list[list[int]]) -> torch.Tensor:
+        """Of the mean loss, from micro-batches."""
+        parameters = trainable_parameters(self.objective.model, adapter_only=True).values()
+        for parameter in parameters:
+            parameter.grad = None
+        for rows in cut:
+            (self.objective.sums(rows)["loss"] / self.objective.size(range(13))).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+
+@pytest.fixture
+def problem(base: PolicyRef, adapted: PolicyRef, tmp_path: Path) -> Problem:
     accelerator = build_accelerator("float32")
     chosen, rejected = sequences_of(make_pairs(13, seed=4))
     values = reference_logprobs(base, [*chosen, *rejected], accelerator=accelerator, keep=tmp_path, max_tokens=400)
+    bare = load_base(base.base, accelerator=accelerator, frozen=True)
+    objective = DpoObjective(
+        continue_adapter(bare, Path(adapted.adapter), dropout=0.0),
+        chosen,
+        rejected,
+        chosen_reference=values[:13],
+        rejected_reference=values[13:],
+        config=training_config(nll_weight=0.2),
+        device=torch.device("cpu"),
+        start_tolerance=None,
+    )
+    return Problem(objective, [2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)])
 
-    def gradient(cut: list[list[int]]) -> torch.Tensor:
-        model = load_policy(adapted, accelerator=accelerator)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
-        objective = DpoObjective(
-            model,
-            chosen,
-            rejected,
-            chosen_reference=values[:13],
-            rejected_reference=values[13:],
-            config=training_config(nll_weight=0.2),
-            device=torch.device("cpu"),
-            start_tolerance=None,
-        )
-        for rows in cut:
-            (objective.sums(rows)["loss"] / objective.size(range(13))).backward()
-        return torch.cat([p.grad.flatten() for p in trainable_parameters(model, adapter_only=True).values()])
 
-    lengths = [2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)]
-    whole = gradient([list(range(13))])
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(problem: Problem) -> None:
+    whole = problem.gradient([list(range(13))])
     assert whole.norm() > 0.01
-    ragged = micro_batches(range(13), lengths, max_tokens=100)
+    ragged = micro_batches(range(13), problem.lengths, max_tokens=100)
     assert len(ragged) > 4
     for cut in ([[row] for row in range(13)], ragged, [list(range(12)), [12]]):
-        assert ((gradient(cut) - whole).norm() / whole.norm()).item() == pytest.approx(0, abs=2e-5)
+        assert relative(problem.gradient(cut), whole) < 2e-5
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_leaves_the_gradient(problem: Problem) -> None:
+    model, cut = problem.objective.model, [list(range(13))]
+    set_training_mode(model, gradient_checkpointing=False)
+    plain = problem.gradient(cut)
+    num_calls = Counter[str]()
+    model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: num_calls.update(["forward"]))
+    set_training_mode(model, gradient_checkpointing=True)
+    assert relative(problem.gradient(cut), plain) < 1e-6
+    assert num_calls["forward"] == 2
+    assert not any(module.training for module in model.modules() if isinstance(module, torch.nn.Dropout))

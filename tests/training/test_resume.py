@@ -108,6 +108,7 @@ def test_interrupted_at_any_micro_batch_and_resumed_ends_with_the_same_bits(tmp_
             assert num_again < num_micro_batches  # it did go on from the checkpoint of step 3
 
 
+@pytest.mark.slow
 def test_a_stage_killed_with_sigkill_ends_with_the_same_adapter(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
     config = training_config(epochs=5)  # 30 steps
     train(tmp_path / "whole", pairs=pairs, policy=base, config=config)
