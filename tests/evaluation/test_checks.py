@@ -154,14 +154,15 @@ def test_win_rate_rules_look_at_the_lower_side(check: CheckConfig, wins: int, lo
     assert found.value == pytest.approx(0.5 + (wins - losses) / 600)
 
 
-def test_undecided_comparisons_are_losses_for_passing_and_wins_for_failing() -> None:
+@pytest.mark.parametrize("check", [FLOOR, NO_LOSS])
+def test_undecided_comparisons_are_losses_for_passing_and_wins_for_failing(check: CheckConfig) -> None:
     prompts = prompts_of(200)
     tasks = [p.id for p in prompts if p.side is Side.TASK]
     outage = [comparison(id, "previous", None) for id in tasks[:60]]
     winning = [comparison(id, "previous", 1.0) for id in tasks[60:110]] + [comparison(id, "previous", 0.5) for id in tasks[110:]]
     losing = [comparison(id, "previous", 0.0) for id in tasks[60:100]] + [comparison(id, "previous", 0.5) for id in tasks[100:]]
     for comparisons in (outage + winning, outage + losing):
-        assert one(FLOOR, prompts, [], comparisons=comparisons).state is GateState.INCONCLUSIVE
+        assert one(check, prompts, [], comparisons=comparisons).state is GateState.INCONCLUSIVE
 
 
 @pytest.mark.parametrize("kind", [VerdictKind.INCONSISTENT, VerdictKind.WEAK, VerdictKind.TIE])
