@@ -50,8 +50,8 @@ def scenarios(world: World) -> None:
     mine, other = read_canary(world.policy()), read_canary(world.other_policy())
     seen = {
         "too_long_context": too_long,
-        "not_applied": _complaint(lambda: check_canary(BaseOnly(engine), mine, tolerance=10.0, max_tokens=127)),
-        "other_adapter": _complaint(lambda: check_canary(engine, other, tolerance=ENGINE.canary_tolerance, max_tokens=127)),
+        "not_applied": _complaint(lambda: check_canary(BaseOnly(engine), mine, tolerance=10.0, max_tokens=255)),
+        "other_adapter": _complaint(lambda: check_canary(engine, other, tolerance=ENGINE.canary_tolerance, max_tokens=255)),
     }
     (world.root / "seen.json").write_text(json.dumps(seen))
 

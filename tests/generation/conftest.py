@@ -63,7 +63,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     texts = [f"count to {number} and say it in upper case" for number in range(NUM_PROMPTS)]
     texts.insert(3, "say the words " * 40)
     world.prompts.mkdir()
-    prompts = [Prompt.build((Message(role="user", content=text),), source="test") for text in texts]
+    # Longer than a block of vLLM's prefix cache (128 tokens), so that prompts share one.
+    rules = Message(role="system", content="say the words in upper case and count to five. " * 12)
+    prompts = [Prompt.build((rules, Message(role="user", content=text)), source="test") for text in texts]
     write_jsonl(world.prompts / "prompts.jsonl", prompts)
     return world
 

@@ -82,15 +82,15 @@ def test_the_canary_of_another_policy_proves_nothing(world: World, tmp_path: Pat
 
 
 def test_an_answer_as_long_as_the_context_leaves_no_room_for_a_prompt(world: World, tmp_path: Path) -> None:
-    config = world.generate_inputs()["config"].model_copy(update={"max_new_tokens": 128})
+    config = world.generate_inputs()["config"].model_copy(update={"max_new_tokens": 256})
     said = _refusal(world, tmp_path, ConfigError, config=config)
-    assert "generate.max_new_tokens: 128 leaves no room for a prompt in engine.max_model_len 128" in said
+    assert "generate.max_new_tokens: 256 leaves no room for a prompt in engine.max_model_len 256" in said
 
 
 def test_a_template_that_doubles_the_bos_is_refused(world: World, tmp_path: Path) -> None:
     prompt = next(read_prompts(world.prompts))
     tokenizer = AutoTokenizer.from_pretrained(world.base)
-    tokenizer.bos_token = "<|system|>"
+    tokenizer.bos_token = "<|pad|>"
     for begin, doubled in (("{{ bos_token }}", False), ("{{ bos_token }}{{ bos_token }}", True)):
         template = AutoTokenizer.from_pretrained(world.base).chat_template
         tokenizer.chat_template = begin + template
@@ -100,7 +100,7 @@ def test_a_template_that_doubles_the_bos_is_refused(world: World, tmp_path: Path
             with pytest.raises(PolicyError, match="two BOS tokens"):
                 chat.prompt_ids(prompt)
         else:
-            assert chat.prompt_ids(prompt)[:2] == (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|user|>"))
+            assert chat.prompt_ids(prompt)[:2] == (tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|system|>"))
 
 
 def test_a_template_that_refuses_a_prompt_is_quoted(world: World, tmp_path: Path) -> None:

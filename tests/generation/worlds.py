@@ -8,7 +8,7 @@ from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
 from dpo_loop.policies import describe_policy
 from dpo_loop.types import PolicyRef
 
-ENGINE = EngineConfig(kind="vllm_offline", max_model_len=128, max_num_seqs=16, max_lora_rank=8)
+ENGINE = EngineConfig(kind="vllm_offline", max_model_len=256, max_num_seqs=16, max_lora_rank=8)
 GENERATION = GenerationConfig(engine=ENGINE, k=3, temperature=0.7, top_p=0.95, max_new_tokens=40, shard_size=4)
 ANSWERING = AnswerConfig(temperature=0.0, max_new_tokens=24)
 NUM_PROMPTS = 22
