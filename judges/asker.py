@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_loop.errors import DpoLoopError, JudgeUnavailableError
+from dpo_loop.errors import JudgeUnavailableError
 from dpo_loop.types import Ballot, Prompt, Undecided, UndecidedReason, Verdict, canonical_json
 from judges.backend import Backend, JudgeRequest, Reply
 from judges.ballot import ballot_of
@@ -54,7 +54,6 @@ class Asker:
         self._backend, self._ledger = backend, ledger
         self._under_way: dict[str, asyncio.Future[Reply]] = {}
         self._unavailable_in_a_row = 0
-        self._ended_by: DpoLoopError | None = None
         self.num_asked = 0
         self.num_known = 0
         self.input_tokens = 0
@@ -112,8 +111,6 @@ class Asker:
 
     async def _claimed(self, request: JudgeRequest, question: Mapping[str, Any]) -> Reply:
         while True:
-            if self._ended_by:
-                raise self._ended_by
             if known := self._ledger.find(request.key):  # reading locks nobody out, claiming does
                 self.num_known += 1
                 return known
@@ -131,7 +128,6 @@ class Asker:
             reply = await self._backend.ask(request)
         except BaseException as error:
             self._ledger.release(request.key, f"{type(error).__name__}: {error}")
-            self._ended_by = error if isinstance(error, DpoLoopError) else self._ended_by
             raise
         self._ledger.settle(request.key, reply)
         self.num_asked += 1
@@ -146,10 +142,9 @@ class Asker:
             case Undecided(reason=UndecidedReason.UNAVAILABLE, detail=detail):
                 self._unavailable_in_a_row += 1
                 if self._unavailable_in_a_row >= max(10, 2 * self.concurrency):
-                    self._ended_by = JudgeUnavailableError(
+                    raise JudgeUnavailableError(
                         f"judge {self._backend.spec.name} has not answered {self._unavailable_in_a_row} calls in a row; the last: {detail}. What was "
                         "judged is kept; run the same command again when it answers."
                     )
-                    raise self._ended_by
             case _:
                 self._unavailable_in_a_row = 0

@@ -241,7 +241,7 @@ class OpenAIBackend:
         return parse_verdict(call.raw)
 
     def _of_status(self, call: _Call, error: openai.APIStatusError) -> Outcome:
-        words = self._clean(error.message)
+        words = self._clean(error.message.removeprefix(f"Error code: {error.status_code} - "))
         call.request_id = error.request_id or call.request_id
         call.raw = ""
         if error.status_code == 429 and _QUOTA_CODES & {error.code, error.type}:

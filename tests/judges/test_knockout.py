@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,13 @@ def test_a_judge_that_is_right_finds_a_strongest_and_a_weakest_however_the_draw(
     assert best != worst
     assert num_matches <= 2 * len(strength) - 2
     assert play(strength, seed) == (best, worst, num_matches)
+
+
+@pytest.mark.parametrize("k", range(2, 10))
+def test_the_one_that_waits_a_round_can_still_be_the_worst(k: int) -> None:
+    """With an odd number one has no first-round match; looking only among first-round losers would miss it."""
+    strength = {f"c{number}": float(number) for number in range(k)}
+    assert {play(strength, seed)[:2] for seed in range(60)} == {(f"c{k - 1}", "c0")}
 
 
 @given(strengths, st.integers(0, 2**32))

@@ -139,6 +139,15 @@ def test_the_deadline_bounds_all_attempts_together(stub: Stub) -> None:
     assert len(stub.seen) <= 4
 
 
+def test_the_deadline_cuts_an_attempt_that_may_take_longer(stub: Stub) -> None:
+    stub.script = [fails(500, "boom"), says("A", delay_s=30)]
+    started = time.monotonic()
+    [reply] = ask(stub.judge(attempt_timeout_s=60.0, deadline_s=4.0))
+    assert time.monotonic() - started < 10
+    assert reason_of(reply) is UndecidedReason.UNAVAILABLE
+    assert "deadline_s = 4; before that: HTTP 500: boom" in reply.outcome.detail
+
+
 def test_a_hang_is_cut_at_the_attempt_time_out_and_asked_again(stub: Stub) -> None:
     stub.script = [says("A", delay_s=30), says("B")]
     [reply] = ask(stub.judge(attempt_timeout_s=0.5))
