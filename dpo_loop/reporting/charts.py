@@ -113,10 +113,9 @@ def _dress(axes: mpl.axes.Axes, *, x_name: str, in_percent: bool, whole_x: bool)
     low, high = axes.get_ylim()
     if in_percent:
         middle, reach = (low + high) / 2, max((high - low) / 2, 0.02)
-        axes.set_ylim(max(middle - reach, -0.01), min(middle + reach, 1.01))
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{100 * value:.0f} %" if high - low > 0.05 else f"{100 * value:.1f} %")
-        )
+        axes.set_ylim(max(middle - reach, -0.04), min(middle + reach, 1.04))
+        digits = 0 if high - low > 0.05 else 1
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %" if 0 <= value <= 1 else ""))
     axes.set_xlabel(x_name, color=_MUTED, fontsize=9, labelpad=1, loc="right")
 
 

@@ -32,8 +32,11 @@ _TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = 
 
 
 def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Chart]:
-    """From the second round on. A hollow marker is a round that was not promoted."""
-    return [_markup(chart) for chart in _trends(history, sheet) if chart is not None] if len(history) > 1 else []
+    """Once two rounds have rates. A hollow marker is a round that was not promoted."""
+    graded = [
+        row for row in history if row.harmful_rate is not None or row.win_rate_anchor is not None or row.pass_rate is not None
+    ]
+    return [_markup(chart) for chart in _trends(graded, sheet) if chart is not None] if len(graded) > 1 else []
 
 
 def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> list[Chart]:

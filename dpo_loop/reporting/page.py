@@ -24,7 +24,7 @@ RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor"
 NEXT_STEP = {
     GateState.PASS: "The candidate generates the next round. There is nothing to do.",
     GateState.FAIL: "The candidate is kept aside and never promoted; the previous policy generates the next round.",
-    GateState.INVALID: "The evaluation says nothing about the candidate. The previous policy stays; mend the cause and play the round again.",
+    GateState.INVALID: "The round says nothing about a candidate. The previous policy stays; mend the cause and play the round again.",
     GateState.NEEDS_REVIEW: "A person has to decide. Until then the previous policy stays. Read the samples below, then run one of:",
     GateState.INCONCLUSIVE: "There is too little evidence to decide, so a person has to. Until then the previous policy stays. Run one of:",
 }
@@ -143,18 +143,24 @@ def _banner(data: RoundData) -> dict[str, Any]:
     }
 
 
-def _rates_table(data: RoundData) -> list[dict[str, Any]]:
-    """Rows of (metric, candidate, previous, anchor). Without a gate (round 0): what the history knows of the candidate."""
-    own = data.history[-1] if data.history else None
-    rates = data.gate.rates if data.gate and data.gate.rates else None
-    if rates is None and own is not None:
-        rates = {"candidate": {name: getattr(own, name) for name in RATES}}
-    rows = []
-    for name in RATES if rates else ():
-        values = {policy: rates.get(policy, {}).get(name) for policy in ("candidate", "previous", "anchor")} if rates else {}
-        if any(value is not None for value in values.values()):
-            rows.append({"metric": name, **values})
-    return rows
+@dataclass(frozen=True, slots=True)
+class RatesTable:
+    policies: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
+
+
+def _rates_table(data: RoundData) -> RatesTable | None:
+    """From the gate's report; without one (round 0) what the history knows of the round's own policy."""
+    if data.gate is not None and data.gate.rates:
+        rates = data.gate.rates
+    elif data.history:
+        rates = {"candidate": {name: getattr(data.history[-1], name) for name in RATES}}
+    else:
+        return None
+    policies = tuple(policy for policy in ("candidate", "previous", "anchor") if policy in rates)
+    rows = ((name, tuple(rates[policy].get(name) for policy in policies)) for name in RATES)
+    known = tuple(row for row in rows if any(value is not None for value in row[1]))
+    return RatesTable(policies, known) if known else None
 
 
 def _seconds(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:

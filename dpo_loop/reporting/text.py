@@ -39,6 +39,8 @@ def points(difference: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 0.1:
+        return "< 0.1 s"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

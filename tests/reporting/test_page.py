@@ -89,7 +89,7 @@ def test_every_check_is_drawn_against_its_limit(played: Played) -> None:
     assert float(harm[2]) < float(harm[1]) < float(harm[3]) < 5.0
 
 
-def test_trends_begin_with_the_second_round_and_training_curves_follow_the_metrics(played: Played) -> None:
+def test_trends_begin_with_the_second_graded_round_and_training_curves_follow_the_metrics(played: Played) -> None:
     titles = [
         [attrs["aria-label"] for tag, attrs in Page(html).elements if tag == "svg" and attrs.get("class") == "chart"]
         for html in played.pages

@@ -39,6 +39,7 @@ def test_json_in_a_script_reads_back_and_cannot_leave_its_element(value: object)
         (points(-0.0001), "0.0"),
         (points(-0.035), "−3.5"),
         (points(0.2), "+20.0"),
+        (duration(0.04), "< 0.1 s"),
         (duration(0.44), "0.4 s"),
         (duration(131), "2 min 11 s"),
         (duration(7_300), "2 h 01 min"),
