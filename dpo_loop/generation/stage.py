@@ -58,6 +58,7 @@ def generate(
         seed_of=seed_of,
         start=start,
         name="generate",
+        section="generation",
     )
 
 
@@ -88,6 +89,7 @@ def answer(
         seed_of=seed_of,
         start=start,
         name="answer",
+        section="answering",
     )
 
 
@@ -107,13 +109,14 @@ def _play(
     seed_of: Callable[[Prompt, int], int],
     start: OpenEngine,
     name: str,
+    section: str,
 ) -> StageOutcome:
-    """name: opens the progress lines. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
+    """name: opens the progress lines. section: of the config, for messages. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
     limit = engine_config.max_model_len - sampling.max_new_tokens
     if limit < 1:
         raise ConfigError(
             [
-                f"{name}.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in engine.max_model_len {engine_config.max_model_len}"
+                f"{section}.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in generation.engine.max_model_len {engine_config.max_model_len}"
             ]
         )
     _check_policy(policy, engine_config)

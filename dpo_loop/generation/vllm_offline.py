@@ -147,7 +147,13 @@ def _most_kv_bytes(policy: PolicyRef, config: EngineConfig) -> int:
 def _adapted_modules(adapter: Path) -> list[str]:
     """Last part of the name of every module the adapter has weights for: q_proj, down_proj …"""
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
-        return sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights.keys()})  # noqa: SIM118 - not a dict
+        modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights.keys() if ".lora_" in name}  # noqa: SIM118
+    if unprovable := modules & {"lm_head", "embed_tokens"}:
+        raise PolicyError(
+            f"{adapter} adapts {', '.join(sorted(unprovable))}; vLLM leaves that out of prompt log-probs (on a CPU it fails), so the canary "
+            "could not show that it is served. Train an adapter of the inner linear layers (training.lora.target: all-linear)."
+        )
+    return sorted(modules)
 
 
 class OneAdapterOnCpu(PunicaWrapperCPU):  # type: ignore[misc]

@@ -42,6 +42,8 @@ def answer(world: World) -> None:
 
 def scenarios(world: World) -> None:
     too_long = _complaint(lambda: open_engine(world.policy(), ENGINE.model_copy(update={"max_model_len": 4_096})))
+    head = world.policy().model_copy(update={"adapter": str(world.head_adapter)})
+    adapted_head = _complaint(lambda: open_engine(head, ENGINE))
     engine = open_engine(world.policy(), ENGINE)
     stage = Stage(GENERATE.name, GENERATE.version, partial(generate, start=lambda policy, config: engine))
     materialize(stage, world.rounds / "killed", **world.generate_inputs())
@@ -49,6 +51,7 @@ def scenarios(world: World) -> None:
     materialize(stage, world.rounds / "other_seed", **world.generate_inputs(seed=8))
     mine, other = read_canary(world.policy()), read_canary(world.other_policy())
     seen = {
+        "adapted_head": adapted_head,
         "too_long_context": too_long,
         "not_applied": _complaint(lambda: check_canary(BaseOnly(engine), mine, tolerance=10.0, max_tokens=255)),
         "other_adapter": _complaint(lambda: check_canary(engine, other, tolerance=ENGINE.canary_tolerance, max_tokens=255)),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_loop.files import write_json, write_jsonl
@@ -57,6 +57,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     build_model(world.base)
     build_adapter(world.adapter, world.base)
     build_adapter(world.other_adapter, world.base, seed=2)
+    head = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(world.base), head).save_pretrained(
+        world.head_adapter, save_embedding_layers=False
+    )
     _canary(world, world.canary, world.adapter)
     _canary(world, world.other_canary, world.other_adapter)
     _canary(world, world.base_canary, None)

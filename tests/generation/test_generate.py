@@ -131,6 +131,10 @@ def test_a_context_longer_than_the_models_is_refused_with_vllms_reason(played: W
     assert "max_model_len" in complaint
 
 
+def test_an_adapter_of_the_head_is_refused_because_no_canary_can_show_it(played: World) -> None:
+    assert _complaint(played, "adapted_head").startswith(f"PolicyError: {played.head_adapter} adapts lm_head; vLLM leaves that out")
+
+
 def test_a_bare_base_answers_greedily_after_its_own_canary(played: World) -> None:
     manifest = read_manifest(played.rounds / "answer")
     assert manifest.outcome.metrics["canary"]["distance"] < 1e-4

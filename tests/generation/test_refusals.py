@@ -84,7 +84,7 @@ def test_the_canary_of_another_policy_proves_nothing(world: World, tmp_path: Pat
 def test_an_answer_as_long_as_the_context_leaves_no_room_for_a_prompt(world: World, tmp_path: Path) -> None:
     config = world.generate_inputs()["config"].model_copy(update={"max_new_tokens": 256})
     said = _refusal(world, tmp_path, ConfigError, config=config)
-    assert "generate.max_new_tokens: 256 leaves no room for a prompt in engine.max_model_len 256" in said
+    assert "generation.max_new_tokens: 256 leaves no room for a prompt in generation.engine.max_model_len 256" in said
 
 
 def test_a_template_that_doubles_the_bos_is_refused(world: World, tmp_path: Path) -> None:

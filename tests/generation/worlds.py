@@ -22,6 +22,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.base, self.adapter, self.other_adapter = root / "base", root / "adapter", root / "other_adapter"
+        self.head_adapter = root / "head_adapter"
         self.canary, self.other_canary, self.base_canary = root / "canary.json", root / "other.json", root / "base.json"
         self.prompts = root / "prompts"
         self.rounds = root / "rounds"
