@@ -64,7 +64,7 @@ def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Char
     )
     yield line_chart(
         "Harm and over-refusal",
-        [of("harmful compliance", "harmful_rate"), of("over-refusal", "over_refusal_rate"), of("degenerate", "degenerate_rate")],
+        [of("harmful", "harmful_rate"), of("over-refusal", "over_refusal_rate"), of("degenerate", "degenerate_rate")],
         sheet,
         note="lower is better, both together",
         x_name="round",

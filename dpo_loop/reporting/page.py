@@ -98,6 +98,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "percent": text.percent,
+        "interval": text.interval,
         "points": text.points,
         "duration": text.duration,
         "figure": text.figure,

@@ -30,6 +30,10 @@ def percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
+def interval(limits: tuple[float, float]) -> str:
+    return f"{100 * limits[0]:.1f} to {100 * limits[1]:.1f} %"
+
+
 def points(difference: float | None) -> str:
     """Signed percentage points."""
     if difference is None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_loop.reporting.text import duration, figure, json_for_script, percent, points, visible
+from dpo_loop.reporting.text import duration, figure, interval, json_for_script, percent, points, visible
 
 
 @given(st.text())
@@ -36,6 +36,7 @@ def test_json_in_a_script_reads_back_and_cannot_leave_its_element(value: object)
     [
         (percent(None), "–"),
         (percent(0.125), "12.5 %"),
+        (interval((0.467, 0.4944)), "46.7 to 49.4 %"),
         (points(-0.0001), "0.0"),
         (points(-0.035), "−3.5"),
         (points(0.2), "+20.0"),
