@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_loop.config import LoraShape
-from dpo_loop.errors import InputError, TrainingDivergedError
+from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.files import write_json
 from dpo_loop.policies import ADAPTER_ORIGIN
 from dpo_loop.types import PolicyRef
@@ -94,11 +94,12 @@ def set_training_mode(model: Any, *, gradient_checkpointing: bool) -> None:
 
 
 def trainable_parameters(model: Any, *, adapter_only: bool) -> dict[str, torch.nn.Parameter]:
-    """What the optimizer gets, by name. Raises TrainingDivergedError if PEFT left anything else, or nothing, trainable."""
+    """What the optimizer gets, by name. Raises PolicyError if anything else, or nothing, is trainable: PEFT flips `requires_grad` when adapters
+    are switched or switched off."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wanted = {name for name, _ in model.named_parameters() if not adapter_only or ".lora_A." in name or ".lora_B." in name}
     if set(found) != wanted or not found:
-        raise TrainingDivergedError(
+        raise PolicyError(
             f"the trainable parameters are not what was asked for: missing {sorted(wanted - set(found))[:3]}, unexpected "
             f"{sorted(set(found) - wanted)[:3]}; this model does not work with LoRA training here"
         )

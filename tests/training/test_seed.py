@@ -1,6 +1,9 @@
 """The seed stage: a model as it is, or one fine-tuned on demonstrations."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, S
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.exchange import CANARY, METRICS
 from dpo_loop.policies import adapter_problems, model_problems, read_policy
+from dpo_loop.training.models import base_name
 from dpo_loop.training.seed import SEED
 from dpo_loop.training.sft import Demonstration, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageManifest
@@ -125,6 +129,34 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="neither a directory nor a model"):
         seed(tmp_path, ModelStart(kind="model", model="no/such/model/anywhere"), None)
+
+
+@pytest.mark.slow
+def test_a_hub_id_is_taken_from_the_hubs_cache_and_its_commit_recorded(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its environment once, and no test goes to the network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    build_model(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (tmp_path / "rounds/000").mkdir(parents=True)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", TAKE_FROM_HUB, str(tmp_path)], cwd=Path(__file__).parents[2], env=environment, check=True)
+    policy = read_policy(tmp_path / "rounds/000/seed")
+    assert (Path(policy.base), policy.revision) == (repo / "snapshots" / commit, commit)
+    assert base_name(policy.base) == "someone/tiny"
+
+
+TAKE_FROM_HUB = """
+import sys
+from pathlib import Path
+from dpo_loop.artifacts import materialize
+from dpo_loop.config import ModelStart
+from dpo_loop.training.seed import SEED
+
+out = Path(sys.argv[1]) / "rounds/000/seed"
+materialize(SEED, out, start=ModelStart(kind="model", model="someone/tiny"), model=None, adapter=None, demonstrations=None)
+"""
 
 
 @pytest.mark.parametrize(
