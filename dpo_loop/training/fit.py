@@ -102,7 +102,7 @@ def _accumulate(objective: Objective, rows: Sequence[int], plan: Plan, accelerat
     """Backward over all micro-batches of one step; the sums over its rows."""
     size = objective.size(rows)
     parts = []
-    for micro in micro_batches(rows, plan.lengths, max_tokens=plan.micro_batch_tokens):
+    for micro in micro_batches(rows, plan.lengths, max_tokens=plan.micro_batch_tokens, device=accelerator.device.type):
         with accelerator.autocast():
             sums = objective.sums(micro)
         accelerator.backward(sums["loss"] / size)

@@ -29,8 +29,9 @@ NOT_ADAPTABLE = ("lm_head", "embed_tokens", "wte", "embed_out")
 
 
 def build_accelerator(dtype: str) -> Accelerator:
-    """The device, chosen by accelerate, and its autocast: bf16 only where there is a GPU and `dtype` asks for it."""
-    return Accelerator(mixed_precision="bf16" if dtype == "bfloat16" and torch.cuda.is_available() else "no")
+    """CUDA if there is any, else the CPU, and its autocast: bf16 only on CUDA and if `dtype` asks for it."""
+    cuda = torch.cuda.is_available()
+    return Accelerator(cpu=not cuda, mixed_precision="bf16" if dtype == "bfloat16" and cuda else "no")
 
 
 def load_base(path: str, *, accelerator: Accelerator, frozen: bool) -> Any:

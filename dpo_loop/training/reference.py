@@ -69,7 +69,8 @@ def _score_all(model: Any, sequences: Sequence[TokenSequence], accelerator: Any,
     num_done, said = 0, time.monotonic()
     window = 512  # sorted by length within it, so that cutting stays cheap for any number of pairs
     for start in range(0, len(sequences), window):
-        for batch in micro_batches(range(start, min(start + window, len(sequences))), lengths, max_tokens=max_tokens):
+        rows = range(start, min(start + window, len(sequences)))
+        for batch in micro_batches(rows, lengths, max_tokens=max_tokens, device=accelerator.device.type):
             for row, logps in zip(batch, score([sequences[row] for row in batch], model, accelerator), strict=True):
                 values[row] = logps
             num_done += len(batch)
