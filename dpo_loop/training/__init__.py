@@ -2,6 +2,7 @@
 
 import os
 
-# Must be set before torch loads its OpenMP. Threads that spin while they wait for one another are a little faster on an idle machine and
-# a hundred times slower on a shared one: measured 5,600 tokens/s alone, 50 to 300 beside other processes, 800 when they sleep instead.
+# Must be set before torch loads its OpenMP. Threads that spin while they wait for one another collapse on a machine that other processes
+# use too. SFT of the demo's size on two shared cores, load 5 to 10: 65 to 900 tokens/s spinning (5,600 with the machine to itself), 800
+# to 1,000 when the threads sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
