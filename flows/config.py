@@ -74,6 +74,21 @@ class RunConfig(Record):
     review_timeout_s: float = Field(0.0, ge=0)
     """How long a round that needs a person is waited for before the loop goes on with the previous policy; 0 ends the command."""
 
+    @property
+    def label(self) -> str:
+        """What a flow run is called in the Prefect UI."""
+        return self.run_id
+
+
+class ConfigFile(Record):
+    """A config by the path of its YAML file, read where the flow runs, at the time it runs."""
+
+    file: str
+
+    @property
+    def label(self) -> str:
+        return Path(self.file).stem
+
 
 # ------------------------------------------------------------------------------------------------------------- reading
 

@@ -15,12 +15,12 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from dpo_loop.artifacts import read_manifest
-from dpo_loop.errors import ConfigError, InvalidRoundError
+from dpo_loop.errors import InvalidRoundError
 from dpo_loop.layout import RunDir
 from flows.approval import decision_of, how_to_decide
 from flows.artifacts import publish_round
-from flows.config import RunConfig, apply_overrides, parse_config, resolve_paths
-from flows.preflight import preflight
+from flows.config import ConfigFile, RunConfig, apply_overrides, read_raw
+from flows.preflight import check
 from flows.progress import Event, tell
 from flows.rounds import (
     RoundState,
@@ -28,6 +28,7 @@ from flows.rounds import (
     adopt_config,
     begin_round,
     finish_round,
+    is_made,
     lease,
     next_round,
     state_of,
@@ -40,11 +41,12 @@ from flows.tasks import run_stage
 REVIEW_POLL_S = 2.0
 
 
-@flow(name="dpo-loop", flow_run_name="{config.run_id}", persist_result=False)
-def run_loop(config: RunConfig, overrides: tuple[str, ...] = ()) -> State[Any]:
+@flow(name="dpo-loop", flow_run_name="{config.label}", persist_result=False)
+def run_loop(config: RunConfig | ConfigFile, overrides: tuple[str, ...] = ()) -> State[Any]:
     """Play rounds until a stop rule says stop.
 
-    overrides: `a.b=c`, as `--set` on the command line. Raises ConfigError with every problem, BusyError if another process plays this run.
+    overrides: `a.b=c`, as `--set` on the command line. Raises ConfigError with every problem, BusyError if another process plays this
+    run.
     """
     run, config = open_run(config, overrides)
     with lease(run):
@@ -54,8 +56,8 @@ def run_loop(config: RunConfig, overrides: tuple[str, ...] = ()) -> State[Any]:
     return Completed(name="Waiting" if stop is Stop.WAITING else "Completed", message=stop.value)
 
 
-@flow(name="dpo-next-round", flow_run_name="{config.run_id}-next", persist_result=False)
-def play_next_round(config: RunConfig, overrides: tuple[str, ...] = ()) -> State[Any]:
+@flow(name="dpo-next-round", flow_run_name="{config.label}-next", persist_result=False)
+def play_next_round(config: RunConfig | ConfigFile, overrides: tuple[str, ...] = ()) -> State[Any]:
     """Play one more round, after round 0 where that is still to be done; whatever the stop rules say."""
     run, config = open_run(config, overrides)
     with lease(run):
@@ -67,13 +69,10 @@ def play_next_round(config: RunConfig, overrides: tuple[str, ...] = ()) -> State
     return Completed(message=f"round {number}: {row_of(run, number).gate}")
 
 
-def open_run(config: RunConfig, overrides: tuple[str, ...]) -> tuple[RunDir, RunConfig]:
-    if overrides:
-        config = parse_config(apply_overrides(config.model_dump(mode="json"), overrides))
-    config = resolve_paths(config)
-    if problems := preflight(config):
-        raise ConfigError(problems)
-    return RunDir(Path(config.run_dir)), config
+def open_run(config: RunConfig | ConfigFile, overrides: tuple[str, ...]) -> tuple[RunDir, RunConfig]:
+    raw = read_raw(Path(config.file)) if isinstance(config, ConfigFile) else config.model_dump(mode="json")
+    whole = check(apply_overrides(raw, overrides))
+    return RunDir(Path(whole.run_dir)), whole
 
 
 @flow(name="dpo-round", flow_run_name="{run_id}-r{round_number:03d}", persist_result=False)
@@ -89,7 +88,7 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
     if round_number == 0:
         for name in stages_of(config, 0):
             stage(name)
-    elif state_of(run, round_number) is not RoundState.WAITING:
+    elif not is_made(run, round_number):
         if not is_published(run, round_number, "gate"):
             try:
                 stage("prompts")

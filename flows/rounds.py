@@ -78,11 +78,16 @@ def state_of(run: RunDir, round_number: int) -> RoundState:
         return RoundState.FINISHED
     if not here.path.is_dir():
         return RoundState.NEW
-    if is_published(run, round_number, "gate") and is_published(run, round_number, "report"):
+    if is_made(run, round_number):
         state = read_gate_report(here.stage("gate")).state
         if state.waits_for_person and decision_of(run, round_number) is None:
             return RoundState.WAITING
     return RoundState.PLAYING
+
+
+def is_made(run: RunDir, round_number: int) -> bool:
+    """Whether all stages of a round after round 0 are done, so that only its end is left."""
+    return is_published(run, round_number, "gate") and is_published(run, round_number, "report")
 
 
 def next_round(run: RunDir) -> int:
@@ -105,12 +110,13 @@ class Stop(StrEnum):
 def stop_reason(run: RunDir, config: RunConfig) -> Stop | None:
     """Whether the loop ends here, None if there is a round to play."""
     number = next_round(run)
-    if state_of(run, number) is RoundState.WAITING:
-        return Stop.WAITING
+    match state_of(run, number):
+        case RoundState.WAITING:
+            return None if config.review_timeout_s else Stop.WAITING
+        case RoundState.PLAYING:
+            return None
     if number > config.rounds:
         return Stop.ROUNDS_PLAYED
-    if state_of(run, number) is RoundState.PLAYING:
-        return None
     if number > config.max_consecutive_failures:
         last = [read_round(run, n).promoted for n in range(number - config.max_consecutive_failures, number)]
         if not any(last):

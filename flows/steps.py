@@ -245,15 +245,15 @@ def _report_inputs(run: RunDir, round_number: int, config: RunConfig) -> dict[st
     """The report is made before a person decides, so its own row of the history says only what the gate said."""
     from flows.summary import history_for_report
 
-    def made(name: str) -> Path | None:
-        return run.round(round_number).stage(name) if is_published(run, round_number, name) else None
+    def made(name: str, number: int = round_number) -> Path | None:
+        return run.round(number).stage(name) if is_published(run, number, name) else None
 
     history = history_for_report(run, round_number)
     return {
         "run_id": config.run_id,
         "round": round_number,
         "gate": made("gate"),
-        "prompts": run.round(0).stage("evalset"),
+        "prompts": made("evalset", 0),
         "grades": made("grade"),
         "judgements": made("judge"),
         "pairs": made("pair"),

@@ -13,6 +13,7 @@ from dpo_loop.policies import write_policy
 from dpo_loop.types import GateReport, GateState, PolicyRef, StageOutcome
 from flows.config import RunConfig, parse_config
 from flows.rounds import adopt_config, begin_round, finish_round
+from flows.steps import run_step
 
 POLICY = PolicyRef(base="org/base", base_sha256="b" * 64)
 
@@ -99,7 +100,7 @@ def judged_round(run: RunDir, round_number: int, state: GateState) -> None:
     here = run.round(round_number)
     publish_policy(here.stage("train"), trained_policy(round_number))
     publish(here.stage("gate"), {"gate_report.json": gate_report(round_number, state).model_dump_json()})
-    publish(here.stage("report"), {"report.html": "<p>report</p>"})
+    run_step(run, round_number, "report")
 
 
 def played_round(run: RunDir, round_number: int, state: GateState) -> None:
