@@ -28,7 +28,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
 # uv does not read pip's configuration: hand the find-links folder on.
 find_links=${PIP_FIND_LINKS:-$("${pip[@]}" config get global.find-links 2>/dev/null || true)}
 export UV_FIND_LINKS=${UV_FIND_LINKS:-$(echo "$find_links" | tr '\n' ' ' | sed 's/ *$//')}
-export VIRTUAL_ENV=$PWD/.venv UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+export VIRTUAL_ENV=$PWD/.venv UV_COMPILE_BYTECODE_TIMEOUT=600 UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 uv=
 if [ -z "${NO_UV:-}" ]; then
   uv=$(command -v uv || true)
@@ -43,7 +43,8 @@ if [ "${1:-}" = lock ]; then
 fi
 
 if [ -n "$uv" ]; then
-  install=("$uv" pip install -q --no-deps)
+  # Bytecode now, not at every start: vLLM alone would compile for ten seconds a stage where caches are off.
+  install=("$uv" pip install -q --no-deps --compile-bytecode)
   torch_index=(--extra-index-url "$TORCH_INDEX" --index-strategy unsafe-best-match)
   has_torch() { "${install[@]}" --dry-run "$torch" >/dev/null 2>&1; }
 else
