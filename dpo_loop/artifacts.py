@@ -123,7 +123,7 @@ def materialize(stage: Stage, out: Path, *, wait_s: float = 30.0, **inputs: Any)
     key = _key(stage, fingerprints)
     if manifest := _published(stage, out, key, fingerprints):
         return manifest
-    with _storage_errors(out), hold(out.parent / f".{out.name}.lock", wait_s=wait_s, what=f"stage {stage.name} at {out}"):
+    with storage_errors(out), hold(out.parent / f".{out.name}.lock", wait_s=wait_s, what=f"stage {stage.name} at {out}"):
         if manifest := _published(stage, out, key, fingerprints):
             return manifest
         work = out.parent / f".{out.name}.work"
@@ -236,7 +236,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
+def storage_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
