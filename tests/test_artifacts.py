@@ -189,6 +189,21 @@ def test_a_full_disk_is_a_storage_error_that_loses_nothing(tmp_path: Path) -> No
     assert not (tmp_path / "full").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors 0.6 on a full tmpfs
+        "database or disk is full",  # SQLite
+    ],
+)
+def test_a_full_disk_is_a_storage_error_in_the_words_of_any_library(tmp_path: Path, words: str) -> None:
+    def run(out: Path) -> StageOutcome:
+        raise RuntimeError(words)
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        materialize(Stage("full", 1, run), tmp_path / "full")
+
+
 def test_a_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         target = Path("/sys/dpo-loop/count")  # permission bits do not stop root; sysfs does
