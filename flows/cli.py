@@ -26,10 +26,12 @@ class _Group(click.Group):
     """Our own errors print their message and end with their code; anything else is a bug and shows its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        from dpo_loop.artifacts import storage_errors
         from dpo_loop.errors import DpoLoopError
 
         try:
-            return super().invoke(ctx)
+            with storage_errors(Path.cwd()):
+                return super().invoke(ctx)
         except DpoLoopError as error:
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)

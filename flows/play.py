@@ -21,6 +21,7 @@ from flows.summary import summaries, write_index_page
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.spinner import Spinner
+    from rich.text import Text
 
 PLAIN_WIDTH = 160
 
@@ -59,6 +60,7 @@ def mend_index_page(run: RunDir, config: RunConfig) -> None:
 def _play_with_prefect(run: RunDir, config: RunConfig, one_round: bool, console: Console) -> None:
     from flows.server import prefect_api
 
+    console.print(f"run {config.run_id} in {run.path}: starting Prefect", highlight=False, soft_wrap=True)
     with prefect_api(run), _progress(console) as watcher, watching(watcher):
         from flows.loop import play_next_round, run_loop
 
@@ -104,10 +106,11 @@ class _Now:
             case "ended" | "found":
                 self.stage = ""
 
-    def __rich__(self) -> str:
-        from rich.markup import escape
+    def __rich__(self) -> Text:
+        from rich.text import Text
 
-        return f"[bold]{self.stage}[/] [dim]{time.monotonic() - self.started:4.0f} s[/] {escape(self.line)}"
+        elapsed = f" {time.monotonic() - self.started:4.0f} s "
+        return Text.assemble((self.stage, "bold"), (elapsed, "dim"), self.line, no_wrap=True, overflow="ellipsis")
 
 
 def _print_event(console: Console, event: Event) -> None:

@@ -7,6 +7,7 @@ run directory (migrated once), and writes to a log instead of the screen.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,12 +15,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from dpo_loop.errors import StageFailedError
+from dpo_loop.errors import DpoLoopError, StageFailedError, StorageError
 from dpo_loop.layout import RunDir
 from flows.supervise import start_supervised, stop_supervised
 
 START_TIMEOUT_S = 120.0
+MIN_FREE_BYTES = 1_000_000
 _QUIET = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -63,14 +66,20 @@ def prefect_api(run: RunDir) -> Iterator[None]:
         end = time.monotonic() + START_TIMEOUT_S
         while not _healthy(url):
             if server.poll() is not None or time.monotonic() > end:
-                raise StageFailedError(
-                    "prefect server", server.poll() or 1, "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                )
+                raise _not_started(run, server.poll() or 1, log)
             time.sleep(0.2)
         with temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_ENABLED: False}):
             yield
     finally:
         stop_supervised(server, grace_s=3.0)
+
+
+def _not_started(run: RunDir, exit_code: int, log: Path) -> DpoLoopError:
+    if shutil.disk_usage(run.path).free < MIN_FREE_BYTES:
+        return StorageError(
+            f"the disk of {run.path} is full. Free some space, then run the same command again; what was finished is kept."
+        )
+    return StageFailedError("prefect server", exit_code, "\n".join(log.read_text(errors="replace").splitlines()[-15:]))
 
 
 def _uvicorn_options(port: int) -> list[str]:
