@@ -149,7 +149,8 @@ def status(run: RunDir, as_json: bool) -> None:
         return
     for name, value in found.items():
         if value not in (None, {}):
-            click.echo(f"{name.replace('_', ' ')}: " + ("\n  ".join(("", *value)) if isinstance(value, list) else str(value)))
+            lines = [f"{key}: {text}" for key, text in value.items()] if isinstance(value, dict) else value
+            click.echo(f"{name.replace('_', ' ')}: " + ("\n  ".join(("", *lines)) if isinstance(lines, list) else str(lines)))
 
 
 @main.command()

@@ -14,8 +14,9 @@ from dpo_loop.exchange import read_gate_report
 from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState, RoundSummary
 from flows.approval import how_to_decide
+from flows.failures import read_failure
 from flows.rounds import RoundState, current_policy, next_round, state_of
-from flows.steps import read_failure, read_run_config, stages_of
+from flows.steps import read_run_config, stages_of
 from flows.summary import row_of, summaries
 
 if TYPE_CHECKING:

@@ -4,20 +4,18 @@ be run by a flow, in another container or by hand: `dpo-loop step train --run ru
 
 from __future__ import annotations
 
-import contextlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpo_loop import errors
-from dpo_loop.artifacts import Stage, fingerprint, materialize, now, read_manifest, verify
+from dpo_loop.artifacts import Stage, fingerprint, materialize, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
-from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError, StageFailedError
-from dpo_loop.files import write_json
-from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RoundDir, RunDir
+from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
+from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
-from dpo_loop.types import Blessing, PolicyRef, Record, StageManifest
+from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
+from flows.failures import class_of, read_failure, record_failure
 
 # --------------------------------------------------------------------------------------------------------- which stages
 
@@ -276,16 +274,6 @@ def _file(run: RunDir, path: str) -> Path:
 # -------------------------------------------------------------------------------------------------- running and failing
 
 
-class StageFailure(Record):
-    """`failed/<stage>.json`: why a stage could not finish, for the process that started it. kind: the name of the error's class."""
-
-    kind: str
-    message: str
-    exit_code: int
-    retryable: bool
-    failed_at: str
-
-
 def run_step(run: RunDir, round_number: int, name: str) -> StageManifest:
     """Run one stage in this process, or return its manifest if it is published. Raises whatever the stage raises.
 
@@ -297,40 +285,8 @@ def run_step(run: RunDir, round_number: int, name: str) -> StageManifest:
         stage, inputs = plan(run, round_number, name)
         return materialize(stage, here.stage(name), **inputs)
     except DpoLoopError as error:
-        _record_failure(here, name, error)
+        record_failure(here, name, error)
         raise
-
-
-def _record_failure(here: RoundDir, name: str, error: DpoLoopError) -> None:
-    failure = StageFailure(
-        kind=type(error).__name__,
-        message=str(error),
-        exit_code=error.exit_code,
-        retryable=error.retryable,
-        failed_at=now(),
-    )
-    with contextlib.suppress(OSError):  # a full disk: the message is on the log and the exit code says the rest
-        here.failure(name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(here.failure(name), failure)
-
-
-def read_failure(here: RoundDir, name: str) -> StageFailure | None:
-    path = here.failure(name)
-    return StageFailure.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def stage_error(here: RoundDir, name: str, exit_code: int, tail: str) -> DpoLoopError:
-    """The error with which a stage's process ended, as the class that it raised there; StageFailedError if it left no word."""
-    failure = read_failure(here, name)
-    if failure is None:
-        return StageFailedError(name, exit_code, tail)
-    kind = getattr(errors, failure.kind, None)
-    if not (isinstance(kind, type) and issubclass(kind, DpoLoopError)) or kind in (errors.ConfigError, StageFailedError):
-        kind = InputError if failure.exit_code == 2 else DpoLoopError
-    error = kind(failure.message)
-    error.retryable = failure.retryable
-    error.exit_code = failure.exit_code
-    return error
 
 
 def invalid_reasons(run: RunDir, round_number: int) -> tuple[str, ...]:
@@ -338,8 +294,8 @@ def invalid_reasons(run: RunDir, round_number: int) -> tuple[str, ...]:
     here = run.round(round_number)
     for name in STAGES:
         failure = read_failure(here, name)
-        if failure is not None and not is_published(run, round_number, name):
-            kind = getattr(errors, failure.kind, None)
-            if isinstance(kind, type) and issubclass(kind, InvalidRoundError):
-                return (f"{name}: {failure.message}",)
+        if failure is None or is_published(run, round_number, name):
+            continue
+        if issubclass(class_of(failure), InvalidRoundError):
+            return (f"{name}: {failure.message}",)
     return ()

@@ -18,8 +18,9 @@ from dpo_loop.artifacts import read_manifest
 from dpo_loop.errors import CorruptArtifactError, DpoLoopError, StageFailedError
 from dpo_loop.layout import RunDir
 from flows.config import RunConfig
+from flows.failures import stage_error
 from flows.progress import Event, is_progress, redactor, tell
-from flows.steps import is_current, read_run_config, stage_error
+from flows.steps import is_current, read_run_config
 from flows.supervise import STOPPED, StageTimeoutError, run_supervised
 
 RETRY_DELAYS_S = [5.0, 30.0, 120.0]

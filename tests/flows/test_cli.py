@@ -15,8 +15,9 @@ from dpo_loop.files import hold
 from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState
 from flows.approval import decide
+from flows.failures import read_failure, stage_error
 from flows.rounds import begin_round, current_policy, read_round
-from flows.steps import is_current, read_failure, run_step, stage_error
+from flows.steps import is_current, run_step
 from tests.flows.runs import judged_round, played_round, raw_config, started_run, write_config
 
 HEAVY = ("torch", "vllm", "transformers", "prefect", "openai", "anthropic", "peft", "datasets", "scipy", "rich")
