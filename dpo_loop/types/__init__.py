@@ -1,0 +1,60 @@
+"""The nouns of the loop. Frozen pydantic records that forbid unknown fields, so what is on disk is what the code says.
+
+A field that may be absent says so with None; "invalid" is an outcome that is counted, never an exception and never a number.
+Ids are the first 16 hex digits of a sha256 over content, so the same thing has the same id in every run.
+"""
+
+from dpo_loop.types.gate import CheckResult, Comparison, GateReport, GateState, Grade, GradeRow, PolicyName
+from dpo_loop.types.judging import (
+    Ballot,
+    Decided,
+    Outcome,
+    PreferencePair,
+    PromptJudgement,
+    Undecided,
+    UndecidedReason,
+    Usage,
+    Verdict,
+    VerdictKind,
+)
+from dpo_loop.types.policies import PolicyRef
+from dpo_loop.types.prompts import Completion, FinishReason, Message, Prompt, Side
+from dpo_loop.types.record import Record, canonical_json, content_id
+from dpo_loop.types.rounds import Blessing, HumanDecision, RoundManifest, RoundSummary
+from dpo_loop.types.stages import StageManifest, StageOutcome, Tally
+
+__all__ = [
+    "Ballot",
+    "Blessing",
+    "CheckResult",
+    "Comparison",
+    "Completion",
+    "Decided",
+    "FinishReason",
+    "GateReport",
+    "GateState",
+    "Grade",
+    "GradeRow",
+    "HumanDecision",
+    "Message",
+    "Outcome",
+    "PolicyName",
+    "PolicyRef",
+    "PreferencePair",
+    "Prompt",
+    "PromptJudgement",
+    "Record",
+    "RoundManifest",
+    "RoundSummary",
+    "Side",
+    "StageManifest",
+    "StageOutcome",
+    "Tally",
+    "Undecided",
+    "UndecidedReason",
+    "Usage",
+    "Verdict",
+    "VerdictKind",
+    "canonical_json",
+    "content_id",
+]
