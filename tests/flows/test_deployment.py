@@ -21,6 +21,7 @@ import yaml
 from dpo_loop.layout import RunDir
 from flows.config import ConfigFile, RunConfig, read_raw
 from flows.rounds import RoundState, state_of
+from flows.steps import read_run_config
 
 ROOT = Path(__file__).parents[2]
 PREFECT_FILE = ROOT / "deploy" / "prefect.yaml"
@@ -140,7 +141,8 @@ def test_a_round_triggered_by_rest_plays_and_its_artifacts_can_be_read(server: S
     assert status == 409, "the server checks parameters against the schema of RunConfig"
     assert "config" in str(refusal)
 
-    status, created = server.ask(create, {"parameters": {"config": config}, "name": "by-rest-next"})
+    parameters = {"config": config, "overrides": ["prompts.num_per_round=48"]}
+    status, created = server.ask(create, {"parameters": parameters, "name": "by-rest-next"})
     assert status == 201
 
     def ended() -> bool:
@@ -150,6 +152,7 @@ def test_a_round_triggered_by_rest_plays_and_its_artifacts_can_be_read(server: S
     flow_run = server.ask(f"/flow_runs/{created['id']}")[1]
     assert flow_run["state_type"] == "COMPLETED", _logs(server, created["id"])
     assert state_of(run, 1) in (RoundState.FINISHED, RoundState.WAITING)
+    assert read_run_config(run).prompts.num_per_round == 48
 
     _, subflows = server.ask("/flow_runs/filter", {"flow_runs": {"name": {"like_": "by-rest-r"}}, "sort": "NAME_ASC"})
     assert [subflow["name"] for subflow in subflows] == ["by-rest-r000", "by-rest-r001"]
