@@ -58,7 +58,8 @@ class Asker:
         self.num_known = 0
         self.input_tokens = 0
         self.output_tokens = 0
-        self.cost_usd = 0.0
+        self.cost_usd: float | None = 0.0
+        """None as soon as one call's price is unknown: a sum of what is known would read like a total."""
         self.undecided: Counter[str] = Counter()
 
     @property
@@ -133,7 +134,7 @@ class Asker:
         self.num_asked += 1
         self.input_tokens += reply.usage.input_tokens
         self.output_tokens += reply.usage.output_tokens
-        self.cost_usd += reply.cost_usd
+        self.cost_usd = None if self.cost_usd is None or reply.cost_usd is None else self.cost_usd + reply.cost_usd
         self._watch_for_outage(reply)
         return reply
 

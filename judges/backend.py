@@ -35,7 +35,8 @@ class Reply(Record):
     outcome: Outcome = Field(discriminator="kind")
     raw: str = ""
     usage: Usage = Usage()
-    cost_usd: float = 0.0
+    cost_usd: float | None = None
+    """None: nobody knows the price."""
     latency_s: float = 0.0
     served_model: str = ""
     request_id: str = ""

@@ -88,6 +88,7 @@ class VerifierBackend:
         started = time.monotonic()
         left, right = self._score(request.prompt, request.left), self._score(request.prompt, request.right)
         return Reply(
+            cost_usd=0.0,
             outcome=_outcome(left, right),
             raw=f"{left} {right}",
             latency_s=round(time.monotonic() - started, 6),

@@ -55,7 +55,8 @@ class Ballot(Record):
     served_model: str = ""
     raw: str = ""
     usage: Usage = Usage()
-    cost_usd: float = 0.0
+    cost_usd: float | None = None
+    """None: nobody knows the price."""
     latency_s: float = 0.0
 
 
