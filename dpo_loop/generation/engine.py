@@ -49,8 +49,8 @@ class Engine(Protocol):
 
     start_s: float
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling) -> list[Answer]:
-        """Answers in the order of `asks`. The same list gives the same answers, whatever was asked before."""
+    def sample(self, asks: Sequence[Ask], sampling: Sampling, *, stage: str) -> list[Answer]:
+        """Answers in the order of `asks`. The same list gives the same answers, whatever was asked before. stage: opens progress lines."""
         ...
 
     def score(self, sequences: Sequence[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:

@@ -143,7 +143,7 @@ def _play(
         for index in todo:
             began = time.monotonic()
             wanted = [(prompt, ids, sample, seed_of(prompt, sample)) for prompt, ids in slices[index] for sample in range(k)]
-            answers = engine.sample([Ask(prompt_token_ids=ids, seed=seed) for _, ids, _, seed in wanted], sampling)
+            answers = engine.sample([Ask(prompt_token_ids=ids, seed=seed) for _, ids, _, seed in wanted], sampling, stage=name)
             seconds = time.monotonic() - began
             completions = [
                 _completion(prompt, ids, sample, seed, answer, policy_key=policy.key, text=chat.text(answer.token_ids))

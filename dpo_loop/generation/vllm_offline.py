@@ -11,11 +11,11 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from dpo_loop.config import EngineConfig
 from dpo_loop.errors import PolicyError
 from dpo_loop.generation.engine import Answer, Ask, Sampling
-from dpo_loop.progress import say
+from dpo_loop.generation.lines import ProgressLines
 from dpo_loop.types import FinishReason, PolicyRef
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256)
@@ -56,7 +56,7 @@ class VllmOffline:
         self._eos_token_id: int | None = self._llm.get_tokenizer().eos_token_id
         self.start_s = time.monotonic() - started
 
-    def sample(self, asks: Sequence[Ask], sampling: Sampling) -> list[Answer]:
+    def sample(self, asks: Sequence[Ask], sampling: Sampling, *, stage: str) -> list[Answer]:
         # Blocks of earlier calls would change which tokens are computed together, and with that the last bits of the logits.
         self._llm.reset_prefix_cache()
         self._llm.enqueue(
@@ -75,7 +75,8 @@ class VllmOffline:
             lora_request=self._lora,
             use_tqdm=False,
         )
-        return [self._answer(request.outputs[0]) for request in self._llm.wait_for_completion(use_tqdm=_Lines)]
+        requests = self._llm.wait_for_completion(use_tqdm=partial(ProgressLines, stage=stage))
+        return [self._answer(request.outputs[0]) for request in requests]
 
     def score(self, sequences: Sequence[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:
         self._llm.reset_prefix_cache()
@@ -175,19 +176,3 @@ class OneAdapterOnCpu(PunicaWrapperCPU):  # type: ignore[misc]
             low = scale * (x @ lora_a[0, 0].float().T)
             y[:, offset : offset + size] += low.to(y.dtype) @ lora_b[0, 0].to(y.dtype).T
             offset += size
-
-
-class _Lines(tqdm):  # type: ignore[misc]
-    """vLLM's progress bar as plain lines, at most one in five seconds; the stage says when the shard is finished."""
-
-    monitor_interval = 0  # no thread that watches the bar
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "mininterval": 5.0, "delay": 5.0})
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG002 - tqdm's signature
-        if self.n < self.total:
-            say(f"  {self.n}/{self.total} completions of this shard, {self.postfix}")
-
-    def close(self) -> None:
-        self.disable = True

@@ -21,6 +21,7 @@ def carve_evaluation(
     out: Path, *, config: PromptsConfig, pool: Path | None, eval_sets: tuple[Path | None, ...], seed: int
 ) -> StageOutcome:
     """Held-out prompts of the pool, at most `max_eval`, then the further sets in their own order, each question once."""
+    say(f"evalset: reading the pool {config.pool.path}")
     contents = read_pool(config.pool, pool, skip_bad=config.skip_bad)
     held_out = shuffled((p for p in contents.prompts if is_held_out(p, config=config, seed=seed)), seed=seed)
     chosen = {normalised(prompt): prompt for prompt in held_out[: config.max_eval]}
@@ -61,6 +62,7 @@ def carve_evaluation(
 def take_prompts(out: Path, *, config: PromptsConfig, pool: Path | None, evalset: Path, round: int, seed: int) -> StageOutcome:
     """The prompts of one round: its bucket of the pool, at most `num_per_round`, never an evaluation prompt."""
     turn = turn_of(round, config=config)
+    say(f"prompts: reading the pool {config.pool.path}")
     contents = read_pool(config.pool, pool, skip_bad=config.skip_bad)
     evaluated = {normalised(prompt) for prompt in read_prompts(evalset)}
 

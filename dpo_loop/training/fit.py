@@ -26,7 +26,7 @@ from dpo_loop.training.batches import micro_batches, optimizer_steps
 from dpo_loop.training.checkpoints import read_newest_checkpoint, write_checkpoint
 from dpo_loop.training.optimizer import build_optimizer, lr_at
 
-SAY_EVERY_S = 4.0
+SAY_EVERY_S = 2.0
 
 
 class Objective(Protocol):
@@ -47,8 +47,9 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """lengths: tokens that example i puts through the model."""
+    """stage and label open the progress lines, `seed: sft step 3/9`. lengths: tokens that example i puts through the model."""
 
+    stage: str
     label: str
     lengths: Sequence[int]
     epochs: int
@@ -71,8 +72,8 @@ def fit(
     optimizer = build_optimizer(parameters.values(), plan.optimizer)
     first, rows_so_far = _resume(keep, parameters, optimizer)
     if first:
-        say(f"{plan.label}: resuming after step {first}/{len(steps)}")
-    progress = _Progress(plan.label, num_steps=len(steps), first=first)
+        say(f"{plan.stage}: {plan.label} resumes after step {first}/{len(steps)}")
+    progress = _Progress(plan, num_steps=len(steps), first=first)
     with Journal(keep / METRICS) as journal:
         for step in range(first, len(steps)):
             rows, started = steps[step], time.monotonic()
@@ -143,8 +144,8 @@ def _diverged(
 
 
 class _Progress:
-    def __init__(self, label: str, *, num_steps: int, first: int) -> None:
-        self.label, self.num_steps, self.first = label, num_steps, first
+    def __init__(self, plan: Plan, *, num_steps: int, first: int) -> None:
+        self.opening, self.num_steps, self.first = f"{plan.stage}: {plan.label}", num_steps, first
         self.started = self.said = time.monotonic()
 
     def show(self, row: Mapping[str, Any]) -> None:
@@ -154,5 +155,5 @@ class _Progress:
         self.said = now
         left_s = (now - self.started) / (step - self.first) * (self.num_steps - step)
         say(
-            f"{self.label}: step {step}/{self.num_steps}, loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tok/s, {left_s:.0f} s left"
+            f"{self.opening} step {step}/{self.num_steps}, loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tok/s, {left_s:.0f} s left"
         )

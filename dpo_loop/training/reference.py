@@ -26,7 +26,7 @@ from dpo_loop.types import PolicyRef, content_id
 PRODUCER_VERSION = 1
 """Bumped when `completion_logprobs` changes what it computes."""
 NUM_CHECKED = 8
-SAY_EVERY_S = 4.0
+SAY_EVERY_S = 2.0
 
 
 def tolerance(accelerator: Any) -> float:
@@ -47,7 +47,7 @@ def reference_logprobs(
     if path.is_file():
         values = list(torch.split(load_file(path)["logprobs"], lengths))
         _check(model, sequences, values, accelerator, path)
-        say(f"reference: {len(values)} completions, kept from before")
+        say(f"train: reference of {len(values)} completions, kept from before")
         return values
     values = _score_all(model, sequences, accelerator, max_tokens)
     aside = path.with_suffix(".tmp")
@@ -76,7 +76,7 @@ def _score_all(model: Any, sequences: Sequence[TokenSequence], accelerator: Any,
             num_done += len(batch)
             if num_done == len(sequences) or time.monotonic() - said >= SAY_EVERY_S:
                 said = time.monotonic()
-                say(f"reference: {num_done}/{len(sequences)} completions")
+                say(f"train: reference {num_done}/{len(sequences)} completions")
     return values
 
 

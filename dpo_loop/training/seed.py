@@ -49,6 +49,8 @@ def seed(out: Path, *, start: Start, model: Path | None, adapter: Path | None, d
     Writes policy.json, canary.json; for `sft` also metrics.jsonl and model/ (all weights) or adapter/ (LoRA).
     Raises PolicyError for a model or adapter that cannot be used, InputError for demonstrations that cannot.
     """
+    if model is None:
+        say(f"seed: asking the hub for {start.model}")
     base = model if model is not None else _snapshot(start.model, start.revision)
     revision = base.name if model is None else None  # a snapshot directory is named for its commit
     match start:
@@ -62,6 +64,7 @@ def seed(out: Path, *, start: Start, model: Path | None, adapter: Path | None, d
 
 def _take(out: Path, base: Path, *, revision: str | None, adapter: Path | None) -> StageOutcome:
     policy = describe_policy(base, revision=revision, adapter=adapter)
+    say(f"seed: taking {adapter or base} as it is")
     accelerator = build_accelerator("bfloat16")
     loaded = load_policy(policy, accelerator=accelerator)
     sequences = everyday_sequences(AutoTokenizer.from_pretrained(policy.base))
@@ -72,7 +75,7 @@ def _take(out: Path, base: Path, *, revision: str | None, adapter: Path | None) 
 def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, demonstrations: Path) -> StageOutcome:
     policy, config = describe_policy(base, revision=revision), start.sft
     sequences, tally = tokenize(read_demonstrations(demonstrations), policy.base, max_length=config.max_length)
-    say(f"sft: {len(sequences)} demonstrations, {sum(len(s.completion) for s in sequences)} completion tokens")
+    say(f"seed: {len(sequences)} demonstrations, {sum(len(s.completion) for s in sequences)} completion tokens")
     accelerator = build_accelerator(config.dtype)
     loaded = load_base(policy.base, accelerator=accelerator, frozen=config.lora is not None)
     if config.lora is not None:
@@ -81,6 +84,7 @@ def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, 
     rows = fit(
         SftObjective(loaded, sequences, device=accelerator.device),
         plan=Plan(
+            stage="seed",
             label="sft",
             lengths=[sequence.num_forwarded for sequence in sequences],
             epochs=config.epochs,

@@ -72,7 +72,8 @@ def train(out: Path, *, pairs: Path, policy: PolicyRef, run_start: PolicyRef, co
     rows = fit(
         objective,
         plan=Plan(
-            label="train",
+            stage="train",
+            label="dpo",
             lengths=[2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)],
             epochs=config.epochs,
             per_step=config.pairs_per_step,

@@ -20,6 +20,7 @@ from dpo_loop.files import write_json
 from dpo_loop.generation.canary import Canary, CanarySequence, check_canary
 from dpo_loop.generation.chat import Chat
 from dpo_loop.generation.engine import Engine
+from dpo_loop.generation.lines import ProgressLines
 from dpo_loop.generation.shards import Shards
 from dpo_loop.generation.stage import generate
 from dpo_loop.policies import describe_policy
@@ -153,6 +154,16 @@ def test_a_shard_that_is_not_whole_is_done_again(tmp_path: Path, damage: str) ->
     whole.close()
 
 
+def test_a_long_shard_shows_progress_that_the_command_line_takes_for_the_stages_own(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ProgressLines(
+        total=1_200, desc="Processed prompts", dynamic_ncols=True, postfix="output: 412.00 toks/s", stage="generate"
+    )
+    lines.last_print_t = lines.start_t = lines.start_t - 60.0  # a minute in
+    lines.update(512)
+    lines.close()
+    assert capsys.readouterr().out == "generate: 512/1200 completions of this shard, output: 412.00 toks/s\n"
+
+
 # ------------------------------------------------------------------------------------------------------------------ canary
 
 
@@ -164,7 +175,7 @@ class Serving:
     def __init__(self, canary: Canary, *, share: float, noise: float) -> None:
         self._canary, self._share, self._random, self._noise = canary, share, random.Random(0), noise
 
-    def sample(self, asks: object, sampling: object) -> list[object]:
+    def sample(self, asks: object, sampling: object, *, stage: str) -> list[object]:
         raise AssertionError("something was generated")
 
     def score(self, sequences: list[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:

@@ -73,7 +73,8 @@ def attempt(base: PolicyRef, keep: Path, *, break_at: int | None = None) -> tupl
     )
     breaking = Breaks(objective, break_at)
     plan = Plan(
-        label="train",
+        stage="train",
+        label="dpo",
         lengths=[2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)],
         epochs=CONFIG.epochs,
         per_step=CONFIG.pairs_per_step,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dpo_loop.training.fit
 from dpo_loop.artifacts import materialize
 from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, Start
 from dpo_loop.errors import InputError, PolicyError
@@ -19,6 +21,7 @@ from dpo_loop.training.models import base_name
 from dpo_loop.training.seed import SEED
 from dpo_loop.training.sft import Demonstration, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageManifest
+from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
 from tests.training.test_stage import plain_difference, rows
 
@@ -68,6 +71,17 @@ def test_sft_on_all_weights_publishes_a_whole_model_that_learned(tmp_path: Path,
     assert (canary["base_sha256"], canary["adapter_sha256"]) == (policy.base_sha256, None)
     assert {row["base_logprobs"] for row in canary["sequences"]} == {None}
     assert max(plain_difference(row, policy.base, None, "policy_logprobs") for row in canary["sequences"]) < 1e-5
+
+
+def test_every_progress_line_is_one_that_the_command_line_shows(
+    tmp_path: Path, base: PolicyRef, demonstrations: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_loop.training.fit, "SAY_EVERY_S", 0.0)
+    seed(tmp_path, sft_start(epochs=1), Path(base.base), demonstrations=demonstrations)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not is_progress("seed", line)] == []
+    assert re.fullmatch(r"seed: sft step 1/5, loss \d\.\d+, \d+ tok/s, \d+ s left", lines[1])
+    assert len(lines) == 1 + 5
 
 
 def test_sft_with_lora_publishes_an_adapter_over_the_same_base(tmp_path: Path, base: PolicyRef, demonstrations: Path) -> None:

@@ -15,6 +15,7 @@ from dpo_loop.errors import CorruptArtifactError, InputError, NoPairsError, Poli
 from dpo_loop.exchange import CANARY, DROPPED, METRICS
 from dpo_loop.policies import ADAPTER_ORIGIN, adapter_problems, describe_policy, read_policy
 from dpo_loop.types import PolicyRef
+from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
 from tests.training.world import END, make_pair, make_pairs, stage_dir, train, training_config, write_pairs
 
@@ -40,6 +41,16 @@ def test_training_publishes_an_adapter_that_prefers_chosen_more_than_before(tmp_
     assert adapter_problems(Path(made.adapter), Path(base.base), max_rank=4) == []
     assert describe_policy(Path(made.base), adapter=Path(made.adapter)).key == made.key
     assert json.loads((Path(made.adapter) / ADAPTER_ORIGIN).read_text()) == {"base_sha256": base.base_sha256}
+
+
+def test_every_progress_line_is_one_that_the_command_line_shows(
+    tmp_path: Path, base: PolicyRef, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, pairs=pairs, policy=base, config=training_config())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not is_progress("train", line)] == []
+    assert "train: reference 88/88 completions" in lines
+    assert lines[-1].startswith("train: dpo step 6/6, loss ")
 
 
 def test_the_adapter_carries_no_path_and_no_order_that_changes_between_machines(
