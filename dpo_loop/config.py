@@ -1,7 +1,7 @@
 """Configuration of each room. Units are in the names; unknown keys are refused; every default is recorded with the run.
 
 Variants are unions tagged by `kind`, which has no default so that a form or an API call must name it. What does not change what a
-stage makes (how it is served, how fast) is listed in `not_in_key` and leaves the stage's key alone.
+stage makes (how it is served, how fast, what makes it refuse) is listed in `not_in_key` and leaves the stage's key alone.
 Defaults are those of a 7-9B model on one GPU (design §6); the tiny world of the demo has its own in deploy/configs/demo.yaml.
 """
 
@@ -60,6 +60,8 @@ Pool = Annotated[JsonlPool | HubPool, Field(discriminator="kind")]
 
 
 class PromptsConfig(Record):
+    # Both only refuse: where nothing is bad and no bucket comes again, the same file is made either way; else none is.
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"skip_bad", "reuse"})
     pool: Pool
     eval_sets: tuple[Pool, ...] = ()
     """Further evaluation prompts, tagged `side: harmful` or `side: benign` by their lines; never trained on."""
@@ -80,7 +82,9 @@ class PromptsConfig(Record):
 class EngineConfig(Record):
     """How vLLM is run. None of it changes what is sampled in distribution."""
 
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"gpu_memory_utilization", "cpu_kvcache_gib", "max_num_seqs"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"gpu_memory_utilization", "cpu_kvcache_gib", "max_num_seqs", "canary_tolerance"}
+    )
     kind: Literal["vllm_offline"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = Field(2_048, ge=16)

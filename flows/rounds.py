@@ -15,7 +15,7 @@ from dpo_loop.artifacts import now, read_manifest, sha256_file, verify
 from dpo_loop.errors import CorruptArtifactError, InputError, StaleArtifactError
 from dpo_loop.exchange import read_gate_report
 from dpo_loop.files import hold, write_json, write_text
-from dpo_loop.layout import RunDir
+from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import POLICY_FILE, read_blessing, write_blessing
 from dpo_loop.types import Blessing, GateState, HumanDecision, PolicyRef, RoundManifest, RoundSummary
 from flows.approval import decision_of
@@ -47,9 +47,10 @@ def lease(run: RunDir, *, wait_s: float = 5.0) -> Iterator[None]:
 def adopt_config(run: RunDir, config: RunConfig) -> None:
     """Record the config of a run, or check it against the recorded one. Raises StaleArtifactError naming the keys that differ.
 
-    Keys that do not change what is made (how many rounds, time-outs, retries) may change and are recorded anew.
+    Keys that do not change what is made (how many rounds, time-outs, retries) may change and are recorded anew; every key may, as long as
+    no stage is published.
     """
-    if run.config.is_file():
+    if run.config.is_file() and _has_published(run):
         changes = changed_keys(read_run_config(run), config)
         if changes:
             listed = "\n".join(f"  - {change}" for change in changes)
@@ -59,6 +60,11 @@ def adopt_config(run: RunDir, config: RunConfig) -> None:
             )
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.config, config)
+
+
+def _has_published(run: RunDir) -> bool:
+    names = dict.fromkeys((*STAGES_OF_ROUND_0, *STAGES))
+    return any(is_published(run, here.number, name) for here in run.rounds() for name in names)
 
 
 # -------------------------------------------------------------------------------------------------------- how far it is

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_loop.errors import ConfigError, StaleArtifactError
+from dpo_loop.artifacts import fingerprint
+from dpo_loop.errors import ConfigError, PromptFileError, StaleArtifactError
 from dpo_loop.layout import RunDir
 from flows.config import apply_overrides, changed_keys, load_config, read_raw
 from flows.preflight import check, checked_config, preflight
-from flows.rounds import adopt_config
-from tests.flows.runs import raw_config, small_config, write_config
+from flows.rounds import adopt_config, begin_round
+from flows.steps import read_run_config, run_step
+from tests.flows.runs import raw_config, small_config, started_run, write_config
 
 
 def problems_of(raw: dict[str, object]) -> list[str]:
@@ -158,13 +160,44 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str | bytes, says: st
 
 
 def test_a_run_refuses_another_config_but_not_more_rounds(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    adopt_config(run, small_config(tmp_path))
+    run = started_run(tmp_path)
     adopt_config(run, small_config(tmp_path, rounds=9, review_timeout_s=5))
     assert json.loads(run.config.read_text())["rounds"] == 9
     with pytest.raises(StaleArtifactError, match=r"training\.optimizer\.lr: 5e-06 → 0\.001"):
         adopt_config(run, small_config(tmp_path, training={"loss": {"kind": "sigmoid"}, "optimizer": {"lr": 1e-3}}))
     assert json.loads(run.config.read_text())["training"]["optimizer"]["lr"] == 5e-6
+
+
+def test_any_key_may_change_while_no_stage_is_published(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    adopt_config(run, small_config(tmp_path))
+    begin_round(run, 0)
+    adopt_config(run, small_config(tmp_path, seed=7))
+    assert read_run_config(run).seed == 7
+
+
+def test_a_way_out_that_an_error_names_is_open_on_the_same_run(tmp_path: Path) -> None:
+    run = started_run(tmp_path)
+    before = fingerprint(read_run_config(run))
+    raw = raw_config(tmp_path)
+    ways_out = ["prompts.skip_bad=true", "prompts.reuse=cycle", "generation.engine.canary_tolerance=0.5"]
+    adopt_config(run, check(apply_overrides(raw, ways_out)))
+    config = read_run_config(run)
+    assert (config.prompts.skip_bad, config.prompts.reuse, config.generation.engine.canary_tolerance) == (True, "cycle", 0.5)
+    assert fingerprint(config) == before, "what was published stays current"
+
+
+def test_a_bad_line_is_skipped_on_the_run_that_refused_it(tmp_path: Path) -> None:
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps({"prompt": f"what is {number} + 1?"}) + "\n" for number in range(40)) + "{broken\n")
+    prompts = {"pool": {"kind": "jsonl", "path": str(pool)}}
+    run = started_run(tmp_path / "run", prompts=prompts)
+    with pytest.raises(PromptFileError, match="--skip-bad-prompts"):
+        run_step(run, 0, "evalset")
+    adopt_config(run, small_config(run.path, prompts={**prompts, "skip_bad": True}))
+    made = run_step(run, 0, "evalset")
+    adopt_config(run, small_config(run.path, prompts=prompts))
+    assert run_step(run, 0, "evalset") == made
 
 
 def test_a_model_that_moved_is_the_same_config(tmp_path: Path) -> None:
