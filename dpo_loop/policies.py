@@ -83,6 +83,14 @@ def _has_chat_template(base: Path) -> bool:
     return config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
 
 
+def base_name(base: str) -> str:
+    """How an adapter names its base wherever it is copied: the hub id of a snapshot, else the name of the directory."""
+    for part in Path(base).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return Path(base).name
+
+
 def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = None, max_rank: int | None = None) -> list[str]:
     """What keeps a PEFT adapter from being used on `base`; empty when nothing does.
 
@@ -102,7 +110,7 @@ def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = Non
     recorded = json.loads(origin.read_text())["base_sha256"] if origin.is_file() else None
     if recorded is not None and here is not None and recorded != here:
         problems.append(f"{adapter} was trained on another base: weights {recorded[:12]}…, but {base} has {here[:12]}…")
-    elif recorded is None and made_for and Path(made_for).name != base.name:
+    elif recorded is None and made_for and Path(base_name(made_for)).name != Path(base_name(str(base))).name:
         problems.append(
             f"{adapter} was trained on {made_for}, not on {base}; give the adapter of this base, or this adapter's base"
         )

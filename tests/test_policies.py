@@ -13,6 +13,7 @@ from dpo_loop.layout import RunDir
 from dpo_loop.policies import (
     ADAPTER_ORIGIN,
     adapter_problems,
+    base_name,
     describe_policy,
     model_problems,
     read_blessing,
@@ -80,6 +81,25 @@ def test_an_adapter_for_another_base_is_refused_by_hash_and_by_name(model: Path,
     assert "trained on other, not on" in adapter_problems(lora(tmp_path / "named", base="other"), model)[0]
     (lora(tmp_path / "hashed") / ADAPTER_ORIGIN).write_text(json.dumps({"base_sha256": "0" * 64}))
     assert "trained on another base" in adapter_problems(tmp_path / "hashed", model)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/runs/demo/rounds/000/seed/model", "model"), ("/cache/models--Qwen--Qwen3-8B/snapshots/0123abc", "Qwen/Qwen3-8B")],
+)
+def test_an_adapter_names_its_base_without_a_path_of_this_machine(path: str, name: str) -> None:
+    assert base_name(str(Path(path))) == name
+
+
+@pytest.mark.parametrize("made_for", ["Qwen/Qwen3-8B", "/elsewhere/models--Qwen--Qwen3-8B/snapshots/89abcdef", "/models/Qwen3-8B"])
+def test_an_adapter_of_a_hub_model_fits_the_snapshot_that_the_hub_hands_out(model: Path, tmp_path: Path, made_for: str) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "0123abc"
+    shutil.copytree(model, snapshot)
+    adapter = lora(tmp_path / "adapter", base=made_for)
+    assert adapter_problems(adapter, snapshot) == []
+    assert adapter_problems(adapter, Path("Qwen/Qwen3-8B")) == []
+    assert describe_policy(snapshot, adapter=adapter).adapter == str(adapter)
+    assert "trained on Qwen/Qwen2-7B, not on" in adapter_problems(lora(tmp_path / "other", base="Qwen/Qwen2-7B"), snapshot)[0]
 
 
 def test_a_rank_above_the_engines_and_another_kind_of_adapter_are_refused(model: Path, tmp_path: Path) -> None:

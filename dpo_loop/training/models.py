@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.files import write_json
-from dpo_loop.policies import ADAPTER_ORIGIN
+from dpo_loop.policies import ADAPTER_ORIGIN, base_name
 from dpo_loop.types import PolicyRef
 
 disable_progress_bar()  # a stage's log is lines, not bars
@@ -124,11 +124,3 @@ def save_adapter(model: Any, out: Path, *, policy: PolicyRef) -> None:
     shape |= {"base_model_name_or_path": base_name(policy.base), "inference_mode": True}
     write_json(out / "adapter_config.json", dict(sorted(shape.items())))
     write_json(out / ADAPTER_ORIGIN, {"base_sha256": policy.base_sha256})
-
-
-def base_name(base: str) -> str:
-    """How an adapter names its base wherever it is copied: the hub id of a snapshot, else the name of the directory."""
-    for part in Path(base).parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return Path(base).name

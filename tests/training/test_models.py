@@ -1,13 +1,11 @@
 """What may be trained, and where dropout may live."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import PolicyError
-from dpo_loop.training.models import add_adapter, base_name, build_accelerator, load_base, set_training_mode, trainable_parameters
+from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
 from dpo_loop.types import PolicyRef
 
 
@@ -43,11 +41,3 @@ def test_a_fresh_adapter_is_a_function_of_its_seed_and_says_what_the_base_says(b
     ids = torch.tensor([[5, 6, 7]])
     bare = load_base(base.base, accelerator=accelerator, frozen=True)
     assert torch.equal(made[0](ids).logits, bare(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [("/runs/demo/rounds/000/seed/model", "model"), ("/cache/models--Qwen--Qwen3-8B/snapshots/0123abc", "Qwen/Qwen3-8B")],
-)
-def test_an_adapter_names_its_base_without_a_path_of_this_machine(path: str, name: str) -> None:
-    assert base_name(str(Path(path))) == name

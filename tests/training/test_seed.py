@@ -16,8 +16,7 @@ from dpo_loop.artifacts import materialize
 from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, Start
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.exchange import CANARY, METRICS
-from dpo_loop.policies import adapter_problems, model_problems, read_policy
-from dpo_loop.training.models import base_name
+from dpo_loop.policies import adapter_problems, base_name, model_problems, read_policy
 from dpo_loop.training.seed import SEED
 from dpo_loop.training.sft import Demonstration, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageManifest
