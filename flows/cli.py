@@ -119,13 +119,11 @@ def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool,
 @click.option("--round", "round_number", required=True, type=click.IntRange(min=0))
 @_json_flag
 def step(name: str, run: RunDir, round_number: int, as_json: bool) -> None:
-    """Run one stage in this process, or check that it is published. Flows start every stage this way."""
-    from flows.rounds import begin_round
+    """Run one stage of a round that has begun, or check that it is published. Flows start every stage this way."""
     from flows.steps import run_step
     from flows.supervise import die_with_parent
 
     die_with_parent()
-    begin_round(run, round_number)
     manifest = run_step(run, round_number, name)
     if as_json:
         click.echo(manifest.model_dump_json())

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dpo_loop.errors import ConfigError
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
+from flows.steps import import_from_here
 from judges.config import Judge, OpenAIJudge, VerifierGrader, VerifierJudge
 
 WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
@@ -198,11 +198,8 @@ def _judge_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _function_problems(name: str, function: str) -> Iterator[str]:
-    """The stage's process has the working directory on its path, as `python -m` does; so has this check."""
     module, _, attribute = function.partition(":")
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+    import_from_here()
     try:
         found = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # a user's module may raise anything on import

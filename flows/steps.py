@@ -4,6 +4,8 @@ be run by a flow, in another container or by hand: `dpo-loop step train --run ru
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,21 @@ def pinned_parent(run: RunDir, round_number: int) -> Blessing:
     """The blessing of the policy that a round generates with. Raises InputError if the round has not begun."""
     path = run.round(round_number).parent
     if not path.is_file():
-        raise InputError(f"round {round_number} of {run.path} has not begun; start it with `dpo-loop round CONFIG`")
+        raise InputError(_not_begun(run, round_number))
     return read_blessing(path, run=run.path)
+
+
+def _check_exists(run: RunDir, round_number: int, name: str) -> None:
+    names = stages_of(read_run_config(run), round_number)
+    if name not in names:
+        raise InputError(f"round {round_number} has no stage {name}; it has {', '.join(names)}")
+    here = run.round(round_number)
+    if not (here.parent.is_file() if round_number > 0 else here.path.is_dir()):
+        raise InputError(_not_begun(run, round_number))
+
+
+def _not_begun(run: RunDir, round_number: int) -> str:
+    return f"round {round_number} of {run.path} has not begun; start it with `dpo-loop round CONFIG`"
 
 
 def is_published(run: RunDir, round_number: int, name: str) -> bool:
@@ -52,8 +67,7 @@ def is_published(run: RunDir, round_number: int, name: str) -> bool:
 def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, Any]]:
     """The stage and its inputs. Raises InputError for a stage that this round does not have."""
     config = read_run_config(run)
-    if name not in stages_of(config, round_number):
-        raise InputError(f"round {round_number} has no stage {name}; it has {', '.join(stages_of(config, round_number))}")
+    _check_exists(run, round_number, name)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
     return _stage(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
 
@@ -274,11 +288,21 @@ def _file(run: RunDir, path: str) -> Path:
 # -------------------------------------------------------------------------------------------------- running and failing
 
 
+def import_from_here() -> None:
+    """Let a config name modules of the working directory, as `python -m` does for the processes that flows start; a console script does not."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
 def run_step(run: RunDir, round_number: int, name: str) -> StageManifest:
     """Run one stage in this process, or return its manifest if it is published. Raises whatever the stage raises.
 
-    An error of ours is left behind as a StageFailure; a success clears an earlier one.
+    An error of ours is left behind as a StageFailure; a success clears an earlier one. A stage that the round does not have, and a round
+    that has not begun, are refused with InputError and leave nothing behind.
     """
+    _check_exists(run, round_number, name)
+    import_from_here()
     here = run.round(round_number)
     here.failure(name).unlink(missing_ok=True)
     try:

@@ -18,9 +18,17 @@ from flows.approval import decide
 from flows.failures import read_failure, stage_error
 from flows.rounds import begin_round, current_policy, read_round
 from flows.steps import is_current, run_step
-from tests.flows.runs import judged_round, played_round, raw_config, started_run, write_config
+from tests.flows.runs import judged_round, played_round, publish, raw_config, started_run, write_config
 
 HEAVY = ("torch", "vllm", "transformers", "prefect", "openai", "anthropic", "peft", "datasets", "scipy", "rich")
+
+
+CONSOLE_SCRIPT = "import sys; sys.path[:] = [path for path in sys.path if path]; from flows.cli import main; main(sys.argv[1:])"
+
+
+def console_script(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As an installed `dpo-loop` starts: without the working directory on its path."""
+    return subprocess.run([sys.executable, "-c", CONSOLE_SCRIPT, *words], capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def cli(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +124,41 @@ def test_a_stage_that_fails_leaves_its_reason_and_a_success_clears_it(tmp_path: 
     run.round(1).failure("report").write_text(failure.model_dump_json())
     run_step(run, 1, "report")
     assert read_failure(run.round(1), "report") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "round_number", "says"),
+    [
+        ("foo", 1, "round 1 has no stage foo"),
+        ("train", 1, "round 1 of"),
+        ("gate", 0, "round 0 has no stage gate"),
+        ("pair", 7, "round 7 of"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_and_begins_no_round(tmp_path: Path, name: str, round_number: int, says: str) -> None:
+    run = started_run(tmp_path)
+    before = sorted(run.path.rglob("*"))
+    done = cli("step", name, "--run", str(run.path), "--round", str(round_number))
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(run.path.rglob("*")) == before
+
+
+def test_a_verifier_of_the_working_directory_is_found_by_the_check_and_by_a_step_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "my_verifier.py").write_text("def score(prompt, text):\n    return 1.0\n")
+    judge = {"kind": "verifier", "function": "my_verifier:score"}
+    config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "unplayed", judge=judge, surprise=1))
+    checked = console_script("run", str(config), cwd=tmp_path)
+    assert "surprise: unknown key" in checked.stderr
+    assert "my_verifier" not in checked.stderr
+    run = started_run(tmp_path / "run", judge=judge)
+    begin_round(run, 1)
+    publish(run.round(1).stage("prompts"), {"prompts.jsonl": ""})
+    publish(run.round(1).stage("generate"), {"completions-00000.jsonl": ""})
+    stepped = console_script("step", "judge", "--run", str(run.path), "--round", "1", cwd=tmp_path)
+    assert "cannot import" not in stepped.stderr
+    assert stepped.returncode == 0, stepped.stderr
 
 
 def test_a_stage_that_says_nothing_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
