@@ -51,6 +51,8 @@ def model_problems(base: Path) -> list[str]:
     problems = []
     if not (base / "config.json").is_file():
         problems.append(f"{base / 'config.json'} is missing; save the model with `save_pretrained`")
+    for name in ("config.json", "tokenizer_config.json"):
+        problems += _unreadable(base / name)
     problems += _weight_problems(base)
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         problems.append(f"{base} has no tokenizer; save it into the same directory with `tokenizer.save_pretrained`")
@@ -65,7 +67,12 @@ def model_problems(base: Path) -> list[str]:
 def _weight_problems(base: Path) -> list[str]:
     index = base / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if broken := _unreadable(index):
+            return broken
+        weight_map = _json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            return [f"{index} has no weight_map, which says where the weights are; copy the whole model again"]
+        shards = sorted({str(shard) for shard in weight_map.values()})
         return [
             f"{base / shard} is missing, though {index.name} lists it; copy the whole model"
             for shard in shards
@@ -80,7 +87,27 @@ def _has_chat_template(base: Path) -> bool:
     if (base / "chat_template.jinja").is_file() or (base / "chat_template.json").is_file():
         return True
     config = base / "tokenizer_config.json"
-    return config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
+    if not config.is_file() or _unreadable(config):
+        return config.is_file()  # a file that cannot be read is named for that
+    return bool(_json_object(config).get("chat_template"))
+
+
+def _unreadable(path: Path) -> list[str]:
+    """The problem of a JSON file that holds no object; none where there is no file."""
+    try:
+        if path.is_file():
+            _json_object(path)
+    except ValueError as error:  # of decoding, too
+        return [f"{path} is damaged: {error}; copy it again from where the model came from"]
+    return []
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError for anything else."""
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not an object")
+    return value
 
 
 def base_name(base: str) -> str:
@@ -99,15 +126,17 @@ def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = Non
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / name).is_file()]
     if missing:
         return [f"{adapter / name} is missing; save the adapter with `save_pretrained`" for name in missing]
-    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    origin = adapter / ADAPTER_ORIGIN
+    if broken := [*_unreadable(adapter / "adapter_config.json"), *_unreadable(origin)]:
+        return broken
+    config = _json_object(adapter / "adapter_config.json")
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"{adapter} is a {config.get('peft_type')} adapter; only LORA adapters can be trained on and served")
     made_for, here = config.get("base_model_name_or_path"), base_sha256
     if here is None and base.is_dir():
         here = fingerprint(base)["sha256"]
-    origin = adapter / ADAPTER_ORIGIN
-    recorded = json.loads(origin.read_text())["base_sha256"] if origin.is_file() else None
+    recorded = _json_object(origin).get("base_sha256") if origin.is_file() else None
     if recorded is not None and here is not None and recorded != here:
         problems.append(f"{adapter} was trained on another base: weights {recorded[:12]}…, but {base} has {here[:12]}…")
     elif recorded is None and made_for and Path(base_name(made_for)).name != Path(base_name(str(base))).name:

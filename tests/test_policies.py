@@ -76,6 +76,37 @@ def test_a_missing_weight_shard_is_named(model: Path) -> None:
     assert [problem for problem in model_problems(model) if "model-2.safetensors is missing" in problem]
 
 
+@pytest.mark.parametrize("text", ["{broken", "[]", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_a_damaged_json_file_of_a_model_is_named_beside_the_other_problems(model: Path, name: str, text: str) -> None:
+    (model / name).write_bytes(text.encode("latin-1"))
+    (model / "tokenizer.json").unlink()
+    said = model_problems(model)
+    assert [problem for problem in said if problem.startswith(f"{model / name} is damaged: ")]
+    assert [problem for problem in said if "has no tokenizer" in problem]
+
+
+def test_a_tokenizer_config_that_cannot_be_read_is_not_also_said_to_lack_a_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text("{broken")
+    assert len(model_problems(model)) == 1
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_an_index_without_a_weight_map_is_named(model: Path, text: str) -> None:
+    (model / "model.safetensors.index.json").write_text(text)
+    (problem,) = model_problems(model)
+    assert "model.safetensors.index.json has no weight_map" in problem
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", ADAPTER_ORIGIN])
+def test_a_damaged_json_file_of_an_adapter_is_named(model: Path, tmp_path: Path, name: str) -> None:
+    adapter = lora(tmp_path / "adapter")
+    (adapter / name).write_text('{"r": 8,')
+    (problem,) = adapter_problems(adapter, model)
+    assert problem.startswith(f"{adapter / name} is damaged: ")
+
+
 def test_an_adapter_for_another_base_is_refused_by_hash_and_by_name(model: Path, tmp_path: Path) -> None:
     assert adapter_problems(lora(tmp_path / "good"), model) == []
     assert "trained on other, not on" in adapter_problems(lora(tmp_path / "named", base="other"), model)[0]
