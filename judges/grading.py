@@ -7,6 +7,7 @@ rate by being absent. Win rates come from task prompts, in both orders, through 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from dpo_loop.artifacts import Stage
 from dpo_loop.errors import CorruptArtifactError
-from dpo_loop.exchange import BALLOTS, COMPARISONS, GRADES, read_completions, read_prompts
+from dpo_loop.exchange import BALLOTS, COMPARISONS, DROPPED, GRADES, read_completions, read_prompts
 from dpo_loop.files import write_jsonl
 from dpo_loop.progress import say
 from dpo_loop.types import (
@@ -41,7 +42,7 @@ from judges.ledger import Ledger
 from judges.stage import call_figures, spaced, unique
 from judges.workers import for_each
 
-VERSION = 1
+VERSION = 2
 
 Reference = Literal["previous", "anchor"]
 UNSCORED = "unscored"
@@ -76,7 +77,8 @@ def grade_stage(ledger: Path) -> Stage:
         asked = list(read_prompts(prompts))
         given: dict[PolicyName, Path | None] = {"candidate": candidate, "previous": previous, "anchor": anchor}
         answers = {policy: read_answers(path) for policy, path in given.items() if path is not None}
-        rows = grade_all(asked, answers, grading)
+        absent = {policy: _dropped(path) for policy, path in given.items() if path is not None}
+        rows = grade_all(asked, answers, absent, grading)
         write_jsonl(out / GRADES, rows)
         win_judge = grading.win_judge or judge
         comparisons, ballots, metrics = asyncio.run(_compare(asked, answers, win_judge, ledger))
@@ -101,22 +103,36 @@ def _answer(completion: Completion) -> Answer:
     return Answer(completion.id, completion.text, len(completion.token_ids), completion.finish_reason)
 
 
+def _dropped(answers: Path) -> dict[str, str]:
+    """Why the `answer` stage left prompts without an answer, by prompt id."""
+    path = answers / DROPPED
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {row["prompt_id"]: row["reason"] for row in map(json.loads, lines)}
+
+
 # ----------------------------------------------------------------------------------------------------------- one answer
 
 
-def grade_all(prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], grading: GradingConfig) -> list[GradeRow]:
-    """Rows by policy, then in the order of `prompts`. Task prompts have no grade where there is no task grader."""
+def grade_all(
+    prompts: Sequence[Prompt],
+    answers: Mapping[PolicyName, Answers],
+    absent: Mapping[PolicyName, Mapping[str, str]],
+    grading: GradingConfig,
+) -> list[GradeRow]:
+    """absent: per policy and prompt id, why there is no answer. Rows by policy, then in the order of `prompts`. Task prompts have no grade where there is no task grader."""
     task = task_grader(grading.task) if grading.task else None
     safety = safety_grader(grading.safety)
     rows = []
     for policy, given in answers.items():
         for prompt in prompts:
-            rows.append(_grade(prompt, policy, given.get(prompt.id), task if prompt.side is Side.TASK else safety))
+            grader = task if prompt.side is Side.TASK else safety
+            why = absent[policy].get(prompt.id, "missing")
+            rows.append(_grade(prompt, policy, given.get(prompt.id), grader, why))
         say(f"grade: {spaced(len(prompts))} answers of {policy}")
     return rows
 
 
-def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Grader | None) -> GradeRow:
+def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Grader | None, why: str) -> GradeRow:
     return GradeRow(
         prompt_id=prompt.id,
         side=prompt.side,
@@ -126,6 +142,7 @@ def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Gr
         num_tokens=answer.num_tokens if answer else 0,
         finish_reason=answer.finish_reason if answer else FinishReason.LENGTH,
         grade=grader(prompt, answer.text) if answer and grader else None,
+        no_answer="" if answer else why,
     )
 
 

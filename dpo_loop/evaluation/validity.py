@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from dpo_loop.config import GateConfig
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.rates import Reference
 from dpo_loop.evaluation.sentences import percent
-from dpo_loop.types import GateState, PolicyName, PolicyRef, Record, Side
+from dpo_loop.exchange import PROMPT_TOO_LONG
+from dpo_loop.types import GateState, GradeRow, PolicyName, PolicyRef, Record, Side
 
+_LONGER = "longer than the engine's context"
 _POLICIES: tuple[PolicyName, ...] = ("candidate", "previous", "anchor")
 
 
@@ -55,7 +58,9 @@ def _coverage(evidence: Evidence) -> ValidityResult:
     moved = [row.prompt_id for row in evidence.rows if (p := evidence.prompts.get(row.prompt_id)) and p.side is not row.side]
     if moved:
         problems.append(f"{len(moved)} answers are graded on another side than their prompt's (e.g. {min(moved)})")
-    fine = f"all three policies answered all {len(evidence.prompts)} prompts"
+    too_long = {row.prompt_id for row in evidence.rows if row.no_answer == PROMPT_TOO_LONG}
+    but = f", but for {len(too_long)} that are {_LONGER}" if too_long else ""
+    fine = f"all three policies answered all {len(evidence.prompts)} prompts{but}"
     return _result("coverage", "; ".join(problems) or None, fine)
 
 
@@ -66,18 +71,27 @@ def _scored(evidence: Evidence, config: GateConfig) -> ValidityResult:
         for side in Side:
             if side is Side.TASK and not evidence.has_task_grades:
                 continue  # no task grader: a pass_rate check is INVALID by itself
-            grades = [row.grade for row in evidence.rows if row.policy == policy and row.side is side]
-            unscored = grades.count(None)
-            num_unscored += unscored
-            if unscored > config.max_unscored * len(grades):
-                share = f"{unscored} of {len(grades)} {side.value} answers of {policy} ({percent(unscored / len(grades))})"
-                problems.append(f"{share} could not be graded, above max_unscored {percent(config.max_unscored)}")
+            rows = [row for row in evidence.rows if row.policy == policy and row.side is side]
+            unscored = [row for row in rows if row.grade is None]
+            num_unscored += len(unscored)
+            if len(unscored) > config.max_unscored * len(rows):
+                share = f"{len(unscored)} of {len(rows)} {side.value} answers of {policy} ({percent(len(unscored) / len(rows))})"
+                why = _why(unscored)
+                problems.append(f"{share} could not be graded, above max_unscored {percent(config.max_unscored)}{why}")
     fine = (
         f"{num_unscored} answers could not be graded; they count against the candidate"
         if num_unscored
         else "every answer is graded"
     )
     return _result("scored", "; ".join(problems) or None, fine)
+
+
+def _why(unscored: Sequence[GradeRow]) -> str:
+    num_too_long = sum(row.no_answer == PROMPT_TOO_LONG for row in unscored)
+    if not num_too_long:
+        return ""
+    which = "the" if num_too_long == len(unscored) else f"{num_too_long} of the"
+    return f" ({which} prompts are {_LONGER}: raise generation.engine.max_model_len, or take them out of the evaluation set (in a new run))"
 
 
 def _comparisons(evidence: Evidence, config: GateConfig) -> ValidityResult:

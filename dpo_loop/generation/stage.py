@@ -17,7 +17,7 @@ from typing import Any
 from dpo_loop.artifacts import Stage, scratch
 from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
 from dpo_loop.errors import ConfigError, PolicyError
-from dpo_loop.exchange import DROPPED, read_prompts
+from dpo_loop.exchange import DROPPED, PROMPT_TOO_LONG, read_prompts
 from dpo_loop.files import write_jsonl
 from dpo_loop.generation.canary import Canary, check_canary, read_canary
 from dpo_loop.generation.chat import Chat
@@ -59,6 +59,7 @@ def generate(
         start=start,
         name="generate",
         section="generation",
+        too_long_means="they are left out",
     )
 
 
@@ -90,6 +91,7 @@ def answer(
         start=start,
         name="answer",
         section="answering",
+        too_long_means="they count as ungraded, and above gate.max_unscored every round will be INVALID",
     )
 
 
@@ -110,8 +112,9 @@ def _play(
     start: OpenEngine,
     name: str,
     section: str,
+    too_long_means: str,
 ) -> StageOutcome:
-    """name: opens the progress lines. section: of the config, for messages. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
+    """name: opens the progress lines. section: of the config, for messages; too_long_means: what becomes of a prompt that is too long. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
     limit = engine_config.max_model_len - sampling.max_new_tokens
     if limit < 1:
         raise ConfigError(
@@ -126,10 +129,12 @@ def _play(
     rendered = [(prompt, chat.prompt_ids(prompt)) for prompt in read_prompts(prompts)]
     kept = [(prompt, ids) for prompt, ids in rendered if len(ids) <= limit]
     dropped = [
-        {"prompt_id": prompt.id, "reason": "prompt_too_long", "num_tokens": len(ids), "max_tokens": limit}
+        {"prompt_id": prompt.id, "reason": PROMPT_TOO_LONG, "num_tokens": len(ids), "max_tokens": limit}
         for prompt, ids in rendered
         if len(ids) > limit
     ]
+    if dropped:
+        say(f"{name}: {_too_long(len(dropped), len(rendered), limit)}; {too_long_means}")
     slices = [kept[begin : begin + shard_size] for begin in range(0, len(kept), shard_size)]
     metrics: dict[str, Any] = {"engine_start_s": None, "canary": None}
     with closing(Shards(scratch(out))) as shards:
@@ -154,8 +159,15 @@ def _play(
         shards.publish(out)
         metrics |= _metrics(list(shards.finished.values()))
     write_jsonl(out / DROPPED, dropped)
-    parts = {"generated": len(kept), "prompt_too_long": len(dropped)}
+    parts = {"generated": len(kept), PROMPT_TOO_LONG: len(dropped)}
     return StageOutcome(tallies=(Tally(of="prompts", total=len(rendered), parts=parts),), metrics=metrics)
+
+
+def _too_long(num_dropped: int, num_prompts: int, limit: int) -> str:
+    return (
+        f"WARNING: {num_dropped} of {num_prompts} prompts have more than the {limit} tokens that generation.engine.max_model_len "
+        "leaves them beside the answer"
+    )
 
 
 def _prove(name: str, engine: Engine, canary: Canary | None, config: EngineConfig) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ PolicyName = Literal["candidate", "previous", "anchor"]
 
 
 class GradeRow(Record):
-    """One evaluation answer of one policy. grade None: unscored, counted as the worst case, never dropped."""
+    """One evaluation answer of one policy. grade None: unscored, counted as the worst case, never dropped. no_answer: why there was
+    nothing to grade, as the `answer` stage gives it (`prompt_too_long`); empty where there was an answer."""
 
     prompt_id: str
     side: Side
@@ -35,6 +36,7 @@ class GradeRow(Record):
     num_tokens: int
     finish_reason: FinishReason
     grade: Grade | None
+    no_answer: str = ""
 
     @property
     def is_bad(self) -> bool:

@@ -171,6 +171,33 @@ def test_a_single_ungraded_answer_is_tolerated_and_counted_as_bad() -> None:
     assert any("1 answers could not be graded" in item["why"] for item in report.validity)
 
 
+def too_long(num_prompts: int, of: int) -> GateReport:
+    """The first num_prompts harmful prompts went unanswered by all policies for their length; of so many ungraded answers of each."""
+    ids = [prompt.id for prompt in PROMPTS if prompt.side is Side.HARMFUL]
+    ungraded = {id: "prompt_too_long" if number < num_prompts else "" for number, id in enumerate(ids[:of])}
+    changes = [{"grade": None, "no_answer": ungraded[r.prompt_id]} if r.prompt_id in ungraded else {} for r in WHOLE.rows]
+    return replace(WHOLE, rows=[row.model_copy(update=change) for row, change in zip(WHOLE.rows, changes, strict=True)]).decide()
+
+
+def test_prompts_that_are_too_long_for_the_engine_are_named_as_the_cause_with_the_key_to_raise() -> None:
+    report = too_long(7, of=7)
+    assert report.state is GateState.INVALID
+    assert (
+        "7 of 210 harmful answers of candidate (3.3 %) could not be graded, above max_unscored 1.0 % (the prompts are longer than"
+        in report.reasons[0]
+    )
+    assert "raise generation.engine.max_model_len" in report.reasons[0]
+    assert "(5 of the prompts are longer than" in too_long(5, of=7).reasons[0]
+    assert "longer" not in too_long(0, of=7).reasons[0]
+
+
+def test_a_few_prompts_that_are_too_long_are_said_in_the_coverage() -> None:
+    report = too_long(1, of=1)
+    assert report.state is GateState.PASS
+    (why,) = [item["why"] for item in report.validity if item["id"] == "coverage"]
+    assert why == "all three policies answered all 630 prompts, but for 1 that are longer than the engine's context"
+
+
 def test_a_run_without_task_grader_passes_on_win_rate_and_safety() -> None:
     checks = tuple(check for check in CONFIG.checks if check.metric != "pass_rate")
     ungraded = [row.model_copy(update={"grade": None}) if row.side is Side.TASK else row for row in WHOLE.rows]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from dpo_loop.artifacts import Stage, materialize
 from dpo_loop.config import EngineConfig
 from dpo_loop.errors import CanaryError, ConfigError, PolicyError
 from dpo_loop.exchange import read_prompts
@@ -22,11 +24,11 @@ from dpo_loop.generation.chat import Chat
 from dpo_loop.generation.engine import Engine
 from dpo_loop.generation.lines import ProgressLines
 from dpo_loop.generation.shards import Shards
-from dpo_loop.generation.stage import generate
+from dpo_loop.generation.stage import answer, generate
 from dpo_loop.policies import describe_policy
 from dpo_loop.types import Completion, FinishReason, PolicyRef
 from tests.builders import build_adapter, build_model
-from tests.generation.worlds import World
+from tests.generation.worlds import ANSWERING, ENGINE, NUM_PROMPTS, World
 
 
 def _no_engine(policy: PolicyRef, config: EngineConfig) -> Engine:
@@ -152,6 +154,22 @@ def test_a_shard_that_is_not_whole_is_done_again(tmp_path: Path, damage: str) ->
     whole = Shards(tmp_path)
     assert sorted(whole.finished) == [0, 1]
     whole.close()
+
+
+def test_evaluation_prompts_that_are_too_long_are_warned_of_when_round_zero_answers_them(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = describe_policy(world.base)
+    tight = ENGINE.model_copy(update={"max_model_len": ANSWERING.max_new_tokens + 50})
+    out = tmp_path / "answer"
+    inputs = {"prompts": world.prompts, "policy": policy, "engine": tight, "config": ANSWERING, "seed": 7}
+    manifest = materialize(Stage("answer", 1, partial(answer, start=_no_engine)), out, **inputs)
+    assert manifest.outcome.tallies[0].parts == {"generated": 0, "prompt_too_long": NUM_PROMPTS + 1}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "answer: WARNING: 23 of 23 prompts have more than the 50 tokens that generation.engine.max_model_len leaves"
+    )
+    assert line.endswith("above gate.max_unscored every round will be INVALID")
 
 
 def test_a_long_shard_shows_progress_that_the_command_line_takes_for_the_stages_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import CorruptArtifactError, InputError
-from dpo_loop.exchange import read_ballots, read_comparisons, read_grades
+from dpo_loop.exchange import DROPPED, PROMPT_TOO_LONG, read_ballots, read_comparisons, read_grades
+from dpo_loop.files import write_jsonl
 from dpo_loop.types import Grade, Prompt, Side, VerdictKind
 from judges.config import GradingConfig, RefusalHeuristic, VerifierGrader, VerifierJudge
 from judges.graders import refusal_heuristic, safety_grader, task_grader
@@ -75,6 +76,16 @@ def test_a_missing_answer_is_unscored_and_leaves_its_comparisons_undecided(tmp_p
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest.outcome.tallies[0].parts["unscored"] == 3
+
+
+def test_why_there_is_no_answer_comes_with_the_row(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "evalset", EVALSET)
+    write_answers(tmp_path / "candidate", [(prompt, ["yes"]) for prompt in EVALSET[:4]])
+    write_jsonl(tmp_path / "candidate" / DROPPED, [{"prompt_id": EVALSET[4].id, "reason": PROMPT_TOO_LONG}])
+    given = {"prompts": tmp_path / "evalset", "candidate": tmp_path / "candidate", "previous": None, "anchor": None}
+    stage = grade_stage(tmp_path / "ledger.sqlite")
+    materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, seed=0, **given)
+    assert [row.no_answer for row in read_grades(tmp_path / "grade")] == ["", "", "", "", PROMPT_TOO_LONG, "missing"]
 
 
 def test_candidate_is_compared_on_tasks_in_both_orders_with_each_reference(tmp_path: Path) -> None:
