@@ -26,7 +26,7 @@ PolicyName = Literal["candidate", "previous", "anchor"]
 
 class GradeRow(Record):
     """One evaluation answer of one policy. grade None: unscored, counted as the worst case, never dropped. no_answer: why there was
-    nothing to grade, as the `answer` stage gives it (`prompt_too_long`); empty where there was an answer."""
+    nothing to grade, as the `answer` stage gives it (`prompt_too_long`), `missing` if it gives none; empty where there was an answer."""
 
     prompt_id: str
     side: Side
