@@ -23,10 +23,11 @@ LOOK_AGAIN_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer that is judged. id: the completion's."""
+    """An answer that is judged. id: the completion's. is_whole: it ended by itself, and was not cut off at the most tokens allowed."""
 
     id: str
     text: str
+    is_whole: bool = True
 
 
 def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: str, replicate: int = 0) -> dict[str, Any]:

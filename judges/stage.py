@@ -21,7 +21,7 @@ from dpo_loop.errors import CorruptArtifactError
 from dpo_loop.exchange import BALLOTS, JUDGEMENTS, read_completions, read_prompts
 from dpo_loop.files import write_jsonl
 from dpo_loop.progress import say
-from dpo_loop.types import Ballot, Decided, Prompt, PromptJudgement, StageOutcome, Tally, VerdictKind, content_id
+from dpo_loop.types import Ballot, Decided, FinishReason, Prompt, PromptJudgement, StageOutcome, Tally, VerdictKind, content_id
 from judges.asker import Asker, Candidate
 from judges.backend import Backend, open_backend
 from judges.config import Judge
@@ -29,7 +29,7 @@ from judges.knockout import best_and_worst
 from judges.ledger import Ledger
 from judges.workers import for_each
 
-VERSION = 1
+VERSION = 2
 """Also bumped when a rubric or the layout of a request changes, which the stage's inputs do not show."""
 
 NOTHING_TO_COMPARE = "nothing_to_compare"
@@ -74,7 +74,7 @@ def _candidates(completions: Path, prompts: Sequence[Prompt]) -> dict[str, list[
     for prompt_id, group in groupby(read_completions(completions), key=lambda completion: completion.prompt_id):
         if prompt_id not in found:
             raise CorruptArtifactError(f"{completions} answers prompt {prompt_id}, which is not among the round's prompts")
-        found[prompt_id] += [Candidate(completion.id, completion.text) for completion in group]
+        found[prompt_id] += [Candidate(c.id, c.text, is_whole=c.finish_reason is FinishReason.STOP) for c in group]
     return found
 
 
@@ -97,8 +97,7 @@ async def judge_prompts(
 
 
 async def judge_prompt(asker: Asker, prompt: Prompt, answers: Sequence[Candidate], *, seed: int) -> Judged:
-    distinct = {answer.text.strip(): answer for answer in reversed(answers)}  # the first of equal texts stands for them
-    by_id = {answer.id: answer for answer in reversed(distinct.values())}
+    by_id = {answer.id: answer for answer in distinct(answers)}
     if len(by_id) < 2:
         why = "no answer" if not answers else f"all {len(answers)} answers are the same"
         judgement = PromptJudgement(prompt_id=prompt.id, best_id=None, worst_id=None, verdict=None, why=why)
@@ -114,6 +113,14 @@ async def judge_prompt(asker: Asker, prompt: Prompt, answers: Sequence[Candidate
     best, worst = await best_and_worst(list(by_id), rng, match)
     verdict, final = await asker.both_orders(prompt, by_id[best], by_id[worst])
     return Judged(PromptJudgement(prompt_id=prompt.id, best_id=best, worst_id=worst, verdict=verdict), final, tuple(selecting))
+
+
+def distinct(answers: Sequence[Candidate]) -> list[Candidate]:
+    """One answer for each text: the first that ended by itself, since a cut off one makes no pair, else the first."""
+    twins: dict[str, list[Candidate]] = {}
+    for answer in answers:
+        twins.setdefault(answer.text.strip(), []).append(answer)
+    return [next((answer for answer in same if answer.is_whole), same[0]) for same in twins.values()]
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.config import PairingConfig
 from dpo_loop.errors import CorruptArtifactError, JudgeError, JudgeUnavailableError
-from dpo_loop.exchange import read_ballots, read_judgements
+from dpo_loop.exchange import completions_file, read_ballots, read_judgements
+from dpo_loop.files import write_jsonl
 from dpo_loop.pairing.stage import pair_all
-from dpo_loop.types import Decided, Outcome, PreferencePair, Prompt, Undecided, UndecidedReason, VerdictKind
+from dpo_loop.types import Decided, FinishReason, Outcome, PreferencePair, Prompt, Undecided, UndecidedReason, VerdictKind
 from judges.asker import Asker, Candidate
 from judges.backend import BackendSpec, JudgeRequest, Reply
 from judges.config import VerifierJudge
@@ -113,6 +114,21 @@ def test_flipping_the_judge_flips_every_label(texts: list[list[str]], seed: int,
     one, other = labels(prompts, judged, texts), labels(prompts, flipped, texts)
     assert one == {name: (chosen, rejected) for name, (rejected, chosen) in other.items()}
     assert one == {p.id: (max(t), min(t)) for p, t in zip(prompts, texts, strict=True) if len(set(t)) > 1}
+
+
+def test_of_equal_answers_one_that_ended_by_itself_is_judged(tmp_path: Path) -> None:
+    prompt = make_prompt("Question")
+    write_prompts(tmp_path / "prompts", [prompt])
+    cut, long = FinishReason.LENGTH, "a much longer answer"
+    sampled = [("short", cut), (long, cut), ("short", FinishReason.STOP), (long, cut), ("short", FinishReason.STOP)]
+    rows = [make_completion(prompt, k, text, finish=finish) for k, (text, finish) in enumerate(sampled)]
+    (tmp_path / "generate").mkdir()
+    write_jsonl(tmp_path / "generate" / completions_file(0), rows)
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    judge = VerifierJudge(kind="verifier", function=VERIFIER)
+    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge, **inputs)
+    (judgement,) = read_judgements(tmp_path / "judge")
+    assert (judgement.best_id, judgement.worst_id) == (rows[2].id, rows[1].id)
 
 
 @pytest.mark.parametrize("first_wins", [True, False])
