@@ -10,6 +10,7 @@
     │   ├── StorageError                      disk full, directory read-only
     │   └── DecisionError                     approve/reject of something that does not wait for it
     ├── BusyError                   exit 75   another process holds the stage or the run (retryable)
+    ├── ServerUnavailableError      exit 75   the Prefect API that is configured does not answer (retryable)
     ├── JudgeError                  exit 2    a judge cannot go on: credentials, quota, unknown model
     │   └── JudgeUnavailableError   exit 75   outage, time-out, rate limit past the deadline (retryable)
     ├── StageFailedError            exit 1    a stage's process ended with an error; carries its exit code and last lines
@@ -75,6 +76,11 @@ class DecisionError(InputError):
 
 
 class BusyError(DpoLoopError):
+    exit_code = 75
+    retryable = True
+
+
+class ServerUnavailableError(DpoLoopError):
     exit_code = 75
     retryable = True
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_loop.errors import DpoLoopError, StageFailedError, StorageError
+from dpo_loop.errors import DpoLoopError, ServerUnavailableError, StageFailedError, StorageError
 from dpo_loop.layout import RunDir
 from flows.supervise import start_supervised, stop_supervised
 
@@ -34,7 +34,8 @@ _QUIET = {
 
 @contextmanager
 def prefect_api(run: RunDir) -> Iterator[None]:
-    """Flows may be called inside. Raises StageFailedError if the temporary server does not come up.
+    """Flows may be called inside. Raises ServerUnavailableError if the configured API does not answer, StageFailedError if the temporary
+    server does not come up.
 
     Must be entered before anything of prefect is imported, since its settings are read then.
     """
@@ -42,7 +43,8 @@ def prefect_api(run: RunDir) -> Iterator[None]:
         os.environ.setdefault(name, value)
     from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-    if PREFECT_API_URL.value():
+    if configured := PREFECT_API_URL.value():
+        _check_answers(configured)
         yield
         return
     port = _free_port()
@@ -72,6 +74,24 @@ def prefect_api(run: RunDir) -> Iterator[None]:
             yield
     finally:
         stop_supervised(server, grace_s=3.0)
+
+
+def _check_answers(url: str) -> None:
+    """By Prefect's own client, which knows about keys, certificates and proxies."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+    except Exception as caught:  # entering the client may fail in as many ways
+        error = caught
+    if error is None or isinstance(error, PrefectHTTPStatusError):  # whatever it says, somebody is there
+        return
+    raise ServerUnavailableError(
+        f"the Prefect API at {url} does not answer ({type(error).__name__}: {error}). Start it (`prefect server start`), or play with a "
+        "temporary one: unset PREFECT_API_URL, or `prefect config unset PREFECT_API_URL` where a profile sets it."
+    )
 
 
 def _not_started(run: RunDir, exit_code: int, log: Path) -> DpoLoopError:

@@ -16,7 +16,7 @@ from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState
 from flows.approval import decide
 from flows.failures import read_failure, stage_error
-from flows.rounds import begin_round, current_policy, read_round
+from flows.rounds import RoundState, begin_round, current_policy, read_round, state_of
 from flows.steps import is_current, run_step
 from tests.flows.runs import judged_round, played_round, publish, raw_config, started_run, write_config
 
@@ -97,6 +97,17 @@ def test_a_finished_run_is_checked_and_shown_without_prefect(tmp_path: Path) -> 
     done = cli("run", str(config))
     assert done.returncode == 2
     assert "has changed since stage report published it" in done.stderr
+
+
+def test_a_prefect_api_that_does_not_answer_is_named_with_the_way_out(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", rounds=1))
+    run = started_run(tmp_path / "run", rounds=1)
+    done = cli("run", str(config), PREFECT_API_URL="http://127.0.0.1:9/api")  # nobody answers there
+    assert done.returncode == 75
+    assert "the Prefect API at http://127.0.0.1:9/api does not answer" in done.stderr
+    assert "unset PREFECT_API_URL" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert state_of(run, 1) is RoundState.NEW
 
 
 def test_a_second_process_on_the_same_run_is_told_who_holds_it(tmp_path: Path) -> None:
