@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from dpo_loop.types import Record
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ModuleFunction = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", description="module:function, importable by the stage's process")]
 
+
+class Settings(Record):
+    """Base of every config: what people write. Infinity and NaN, which a measured figure may be, are refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
 # ------------------------------------------------------------------------------------------------------------ tiny world
 
 
-class TinyWorldConfig(Record):
+class TinyWorldConfig(Settings):
     """The verifiable world of the demo (dpo_loop/quickstart)."""
 
     seed: int = 17
@@ -36,7 +43,7 @@ class TinyWorldConfig(Record):
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
-class JsonlPool(Record):
+class JsonlPool(Settings):
     """Lines of {"messages": [...]} or {"prompt": "..."} with optional "tags"."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset({"path"})
@@ -44,7 +51,7 @@ class JsonlPool(Record):
     path: str
 
 
-class HubPool(Record):
+class HubPool(Settings):
     """Anything `datasets.load_dataset` reads; column holds a string or a list of messages."""
 
     kind: Literal["datasets"]
@@ -59,7 +66,7 @@ class HubPool(Record):
 Pool = Annotated[JsonlPool | HubPool, Field(discriminator="kind")]
 
 
-class PromptsConfig(Record):
+class PromptsConfig(Settings):
     # Both only refuse: where nothing is bad and no bucket comes again, the same file is made either way; else none is.
     not_in_key: ClassVar[frozenset[str]] = frozenset({"skip_bad", "reuse"})
     pool: Pool
@@ -79,7 +86,7 @@ class PromptsConfig(Record):
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-class EngineConfig(Record):
+class EngineConfig(Settings):
     """How vLLM is run. None of it changes what is sampled in distribution."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
@@ -98,7 +105,7 @@ class EngineConfig(Record):
     """Largest mean absolute difference, nats per token, between the engine's log-probs and transformers+peft's."""
 
 
-class GenerationConfig(Record):
+class GenerationConfig(Settings):
     engine: EngineConfig
     k: int = Field(4, ge=1)
     temperature: float = Field(1.0, ge=0)
@@ -111,7 +118,7 @@ class GenerationConfig(Record):
 # -------------------------------------------------------------------------------------------------------------- pairing
 
 
-class PairingConfig(Record):
+class PairingConfig(Settings):
     min_margin: Fraction = 0.2
     """A pair needs |2p - 1| of at least this."""
     max_length_ratio: float = Field(4.0, ge=1)
@@ -124,14 +131,14 @@ class PairingConfig(Record):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-class SigmoidLoss(Record):
+class SigmoidLoss(Settings):
     """DPO (arXiv 2305.18290 eq. 7)."""
 
     kind: Literal["sigmoid"]
     beta: float = Field(0.1, gt=0)
 
 
-class LoraShape(Record):
+class LoraShape(Settings):
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -139,7 +146,7 @@ class LoraShape(Record):
     """`all-linear` (every linear layer but the head) or a comma-separated list of module names."""
 
 
-class OptimizerConfig(Record):
+class OptimizerConfig(Settings):
     lr: float = Field(5e-6, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Fraction = 0.1
@@ -147,7 +154,7 @@ class OptimizerConfig(Record):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
-class TrainingConfig(Record):
+class TrainingConfig(Settings):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"checkpoint_every_steps", "micro_batch_tokens", "gradient_checkpointing"})
     loss: SigmoidLoss
     nll_weight: float = Field(0.0, ge=0)
@@ -167,7 +174,7 @@ class TrainingConfig(Record):
     seed: int = 0
 
 
-class SftConfig(Record):
+class SftConfig(Settings):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"checkpoint_every_steps", "micro_batch_tokens"})
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     epochs: int = Field(1, ge=1)
@@ -181,7 +188,7 @@ class SftConfig(Record):
     seed: int = 0
 
 
-class ModelStart(Record):
+class ModelStart(Settings):
     """Take a model (and perhaps an adapter) as it is. model: a directory or a hub id."""
 
     kind: Literal["model"]
@@ -190,7 +197,7 @@ class ModelStart(Record):
     adapter: str | None = None
 
 
-class SftStart(Record):
+class SftStart(Settings):
     """Run SFT on demonstrations first. demonstrations: JSONL of {"messages": [...]} ending with an assistant turn."""
 
     kind: Literal["sft"]
@@ -205,7 +212,7 @@ Start = Annotated[ModelStart | SftStart, Field(discriminator="kind")]
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-class AnswerConfig(Record):
+class AnswerConfig(Settings):
     """How candidate, previous and anchor answer the evaluation prompts: the same for all three."""
 
     temperature: float = Field(0.0, ge=0)
@@ -224,7 +231,7 @@ METRIC_NAMES: dict[str, str] = {
 """As people read them, in reasons and reports."""
 
 
-class CheckConfig(Record):
+class CheckConfig(Settings):
     """One rule of the gate.
 
     non_inferior: the one-sided upper limit of the worsening against `vs` stays below margin. ceiling: the Clopper-Pearson upper
@@ -251,7 +258,7 @@ class CheckConfig(Record):
         return self
 
 
-class GateConfig(Record):
+class GateConfig(Settings):
     alpha: float = Field(0.05, gt=0, lt=0.5)
     checks: tuple[CheckConfig, ...] = Field(min_length=1)
     max_unscored: Fraction = 0.01

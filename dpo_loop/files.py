@@ -46,6 +46,19 @@ def write_jsonl(path: Path, rows: Iterable[BaseModel | Mapping[str, Any]]) -> in
     return num_rows
 
 
+def read_json(path: Path, model: type[Model]) -> Model:
+    """A file that the project wrote. Raises CorruptArtifactError if it is something else, or of another version of dpo-loop."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptArtifactError(
+            f"{path} is not a {model.__name__} of this version of dpo-loop ({f'{where}: ' if where else ''}{first['msg']}). Ways out: use the "
+            "version that wrote it, or put back the file as it was."
+        ) from error
+
+
 def read_jsonl(path: Path, model: type[Model]) -> Iterator[Model]:
     """Rows of a file that the project wrote. Raises CorruptArtifactError with the line number."""
     with path.open("rb") as file:

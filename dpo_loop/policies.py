@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_loop.artifacts import fingerprint, sha256_file
 from dpo_loop.errors import CorruptArtifactError, PolicyError
-from dpo_loop.files import write_json
+from dpo_loop.files import read_json, write_json
 from dpo_loop.types import Blessing, PolicyRef, canonical_json
 
 POLICY_FILE = "policy.json"
@@ -171,7 +171,7 @@ def write_blessing(path: Path, blessing: Blessing, *, run: Path) -> None:
 
 
 def read_blessing(path: Path, *, run: Path) -> Blessing:
-    blessing = Blessing.model_validate_json(path.read_bytes())
+    blessing = read_json(path, Blessing)
     return blessing.model_copy(update={"policy": _absolute(blessing.policy, run.resolve())})
 
 

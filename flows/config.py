@@ -23,19 +23,19 @@ from dpo_loop.config import (
     PairingConfig,
     Pool,
     PromptsConfig,
+    Settings,
     SftStart,
     Start,
     TinyWorldConfig,
     TrainingConfig,
 )
 from dpo_loop.errors import ConfigError
-from dpo_loop.types import Record
 from judges.config import GradingConfig, Judge
 
 WORLD_PREFIX = "world:"
 
 
-class RunConfig(Record):
+class RunConfig(Settings):
     """Everything about a run. A path that begins with `world:` is a file of the run's own tiny world."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
@@ -80,7 +80,7 @@ class RunConfig(Record):
         return self.run_id
 
 
-class ConfigFile(Record):
+class ConfigFile(Settings):
     """A config by the path of its YAML file, read where the flow runs, at the time it runs."""
 
     file: str
@@ -98,10 +98,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Raises ConfigError with every problem: unknown key, wrong type, out of range, unreadable override.
     """
-    return parse_config(read_raw(path, overrides))
-
-
-def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    raw = read_raw(path, overrides)
     try:
         return resolve_paths(RunConfig.model_validate(raw))
     except ValidationError as error:
@@ -129,6 +126,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice", key.start_mark)
             seen.add(key.value)

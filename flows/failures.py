@@ -7,7 +7,7 @@ import contextlib
 from dpo_loop import errors
 from dpo_loop.artifacts import now
 from dpo_loop.errors import ConfigError, DpoLoopError, InputError, StageFailedError
-from dpo_loop.files import write_json
+from dpo_loop.files import read_json, write_json
 from dpo_loop.layout import RoundDir
 from dpo_loop.types import Record
 
@@ -37,7 +37,7 @@ def record_failure(here: RoundDir, name: str, error: DpoLoopError) -> None:
 
 def read_failure(here: RoundDir, name: str) -> StageFailure | None:
     path = here.failure(name)
-    return StageFailure.model_validate_json(path.read_bytes()) if path.is_file() else None
+    return read_json(path, StageFailure) if path.is_file() else None
 
 
 def stage_error(here: RoundDir, name: str, exit_code: int, tail: str) -> DpoLoopError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_loop.artifacts import now, read_manifest, sha256_file, verify
 from dpo_loop.errors import CorruptArtifactError, InputError, StaleArtifactError
 from dpo_loop.exchange import read_gate_report
-from dpo_loop.files import hold, write_json, write_text
+from dpo_loop.files import hold, read_json, write_json, write_text
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import POLICY_FILE, read_blessing, write_blessing
 from dpo_loop.types import Blessing, GateState, HumanDecision, PolicyRef, RoundManifest, RoundSummary
@@ -180,7 +180,7 @@ def finish_round(run: RunDir, round_number: int, *, review_timed_out: bool = Fal
         candidate=_stored(here.stage("seed" if round_number == 0 else "train") / POLICY_FILE),
         gate=gate,
         promoted=promoted,
-        policy=Blessing.model_validate_json(run.current.read_bytes()).policy,
+        policy=read_json(run.current, Blessing).policy,
         stage_keys={name: made.key for name in _stages(run, round_number) if (made := read_manifest(here.stage(name)))},
         seconds=summary.seconds,
         summary=summary.model_dump(mode="json"),
@@ -223,8 +223,8 @@ def _stored(path: Path) -> PolicyRef | None:
     if not path.is_file():
         return None
     if path.name == POLICY_FILE:
-        return PolicyRef.model_validate_json(path.read_bytes())
-    return Blessing.model_validate_json(path.read_bytes()).policy
+        return read_json(path, PolicyRef)
+    return read_json(path, Blessing).policy
 
 
 def _stages(run: RunDir, round_number: int) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ def read_round(run: RunDir, round_number: int) -> RoundManifest:
     path = run.round(round_number).manifest
     if not path.is_file():
         raise InputError(f"round {round_number} of {run.path} has not ended")
-    return RoundManifest.model_validate_json(path.read_bytes())
+    return read_json(path, RoundManifest)
 
 
 def verify_rounds(run: RunDir, numbers: Iterable[int]) -> int:

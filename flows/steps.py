@@ -13,6 +13,7 @@ from typing import Any
 from dpo_loop.artifacts import Stage, fingerprint, materialize, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
+from dpo_loop.files import read_json
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
 from dpo_loop.types import Blessing, PolicyRef, StageManifest
@@ -30,10 +31,10 @@ def stages_of(config: RunConfig, round_number: int) -> tuple[str, ...]:
 
 
 def read_run_config(run: RunDir) -> RunConfig:
-    """Raises InputError where there is no run."""
+    """Raises InputError where there is no run, CorruptArtifactError where its config cannot be read."""
     if not run.config.is_file():
         raise InputError(f"{run.path} is not a run directory: it has no {run.config.name}. Start one with `dpo-loop run CONFIG`.")
-    return RunConfig.model_validate_json(run.config.read_bytes())
+    return read_json(run.config, RunConfig)
 
 
 def pinned_parent(run: RunDir, round_number: int) -> Blessing:

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpo_loop.artifacts import read_manifest
 from dpo_loop.exchange import PAIRS, read_comparisons, read_gate_report, read_grades, read_prompts
+from dpo_loop.files import read_json
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import read_blessing
 from dpo_loop.types import GateReport, GateState, RoundManifest, RoundSummary
@@ -22,7 +23,7 @@ def row_of(run: RunDir, round_number: int) -> RoundSummary:
     """As recorded at the round's end, or as far as it has come."""
     path = run.round(round_number).manifest
     if path.is_file():
-        return RoundSummary.model_validate(RoundManifest.model_validate_json(path.read_bytes()).summary)
+        return RoundSummary.model_validate(read_json(path, RoundManifest).summary)
     return summarise(run, round_number, promoted=False)
 
 

@@ -6,18 +6,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dpo_loop.config import ModuleFunction
-from dpo_loop.types import Record
+from dpo_loop.config import ModuleFunction, Settings
 
 
-class VerifierJudge(Record):
+class VerifierJudge(Settings):
     """Tasks that a program can check. function(prompt: Prompt, text: str) -> float in 0..1; higher is better, equal is a tie."""
 
     kind: Literal["verifier"]
     function: ModuleFunction
 
 
-class OpenAIJudge(Record):
+class OpenAIJudge(Settings):
     """Any server that speaks OpenAI chat completions with a JSON schema: OpenAI, vLLM and others.
 
     base_url includes `/v1`. api_key_env names an environment variable; the key itself is never stored. deadline_s bounds all
@@ -44,7 +43,7 @@ class OpenAIJudge(Record):
 Judge = Annotated[VerifierJudge | OpenAIJudge, Field(discriminator="kind")]
 
 
-class VerifierGrader(Record):
+class VerifierGrader(Settings):
     """A program that grades one answer.
 
     For tasks: function(prompt: Prompt, text: str) -> float in 0..1, passed at 1.0. For safety: function(prompt, text) ->
@@ -55,7 +54,7 @@ class VerifierGrader(Record):
     function: ModuleFunction
 
 
-class RefusalHeuristic(Record):
+class RefusalHeuristic(Settings):
     """Phrases that open a refusal. Flagged in the report; a round cannot PASS on it unless the gate config allows it."""
 
     kind: Literal["heuristic"]
@@ -64,7 +63,7 @@ class RefusalHeuristic(Record):
 SafetyGrader = Annotated[VerifierGrader | RefusalHeuristic, Field(discriminator="kind")]
 
 
-class GradingConfig(Record):
+class GradingConfig(Settings):
     """How evaluation answers are graded. win_judge None: the preference judge also decides win rates."""
 
     win_judge: Judge | None = None

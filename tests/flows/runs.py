@@ -11,7 +11,7 @@ from dpo_loop.files import write_json, write_text
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import write_policy
 from dpo_loop.types import GateReport, GateState, PolicyRef, StageOutcome
-from flows.config import RunConfig, parse_config
+from flows.config import RunConfig, resolve_paths
 from flows.rounds import adopt_config, begin_round, finish_round
 from flows.steps import run_step
 
@@ -41,7 +41,7 @@ def raw_config(run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 
 def small_config(run_dir: Path, **changes: Any) -> RunConfig:
-    return parse_config(raw_config(run_dir, **changes))
+    return resolve_paths(RunConfig.model_validate(raw_config(run_dir, **changes)))
 
 
 def publish(directory: Path, files: Mapping[str, str]) -> None:

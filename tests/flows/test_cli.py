@@ -83,6 +83,28 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "text"),
+    [
+        ("show", "run.json", "not JSON"),
+        ("status", "run.json", '{"from": "another version"}'),
+        ("status", "current.json", "not JSON"),
+        ("show", "rounds/001/round.json", '{"from": "another version"}'),
+        ("status", "rounds/002/failed/pair.json", ""),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path: Path, command: str, name: str, text: str) -> None:
+    run = started_run(tmp_path)
+    played_round(run, 1, GateState.PASS)
+    begin_round(run, 2)
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).write_text(text)
+    done = cli(command, str(run.path))
+    assert done.returncode == 2
+    assert f"{run.path / name} is not a " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_finished_run_is_checked_and_shown_without_prefect(tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", rounds=1))
     run = started_run(tmp_path / "run", rounds=1)

@@ -198,7 +198,14 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("a: [", "is not YAML"), ("- 1", "holds list"), ("a: \xff".encode("latin-1"), "cannot be read")]
+    ("text", "says"),
+    [
+        ("a: [", "is not YAML"),
+        ("? {a: b}\n: 1\n", "a key must be a single word"),
+        ("? [a, b]\n: 1\n", "a key must be a single word"),
+        ("- 1", "holds list"),
+        ("a: \xff".encode("latin-1"), "cannot be read"),
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path: Path, text: str | bytes, says: str) -> None:
     path = tmp_path / "c.yaml"
@@ -207,6 +214,12 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text: str | bytes, says: st
         load_config(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+@pytest.mark.parametrize("key", ["training.optimizer.lr", "generation.temperature", "training.nll_weight", "review_timeout_s"])
+def test_a_figure_without_end_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    assert keys_of(problems_of(apply_overrides(raw_config(tmp_path / "run"), [f"{key}={value}"]))) == {key}
 
 
 def test_a_run_refuses_another_config_but_not_more_rounds(tmp_path: Path) -> None:
