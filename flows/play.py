@@ -36,12 +36,12 @@ def play(config: RunConfig, *, one_round: bool, as_json: bool) -> int:
     with lease(run):
         adopt_config(run, config)
         num_files = verify_rounds(run, [here.number for here in run.rounds()])
-        if one_round or stop_reason(run, config) is None:
+        if one_round or (stop := stop_reason(run, config)) is None:
             _play_with_prefect(run, config, one_round, console)
+            if not one_round and (stop := stop_reason(run, config)) is not None and stop.wants_change:
+                console.print(f"stopped: {stop}", highlight=False, soft_wrap=True)
         else:
-            console.print(
-                f"nothing left to play: {stop_reason(run, config)}; {num_files} files match their hashes", highlight=False
-            )
+            console.print(f"nothing left to play: {stop}; {num_files} files match their hashes", highlight=False, soft_wrap=True)
     mend_index_page(run, config)
     print_run(console, run)
     console.print(f"{time.monotonic() - started:.0f} s", highlight=False)

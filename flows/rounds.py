@@ -109,8 +109,17 @@ class Stop(StrEnum):
 
     ROUNDS_PLAYED = "all rounds are played"
     WAITING = "a round waits for a person"
-    FAILURES = "too many rounds in a row without promotion"
-    PROMPTS_USED_UP = "the prompts are used up"
+    FAILURES = (
+        "too many rounds in a row without promotion (raise max_consecutive_failures, or play one more with `dpo-loop round CONFIG`)"
+    )
+    PROMPTS_USED_UP = (
+        "the prompts are used up (set prompts.reuse to `cycle`, or begin a run with more prompts or a higher prompts.num_buckets)"
+    )
+
+    @property
+    def wants_change(self) -> bool:
+        """Whether rounds that were asked for were not played."""
+        return self in (Stop.FAILURES, Stop.PROMPTS_USED_UP)
 
 
 def stop_reason(run: RunDir, config: RunConfig) -> Stop | None:

@@ -15,7 +15,7 @@ from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState, RoundSummary
 from flows.approval import how_to_decide
 from flows.failures import read_failure
-from flows.rounds import RoundState, current_policy, next_round, state_of
+from flows.rounds import RoundState, current_policy, is_made, next_round, state_of
 from flows.steps import read_run_config, stages_of
 from flows.summary import row_of, summaries
 
@@ -50,7 +50,15 @@ def _absolute_report(run: RunDir, row: RoundSummary) -> dict[str, Any]:
     return {**row.model_dump(mode="json"), "report": report}
 
 
-def rounds_table(rows: tuple[RoundSummary, ...], *, title: str | None = None) -> Table:
+def policy_word(run: RunDir, row: RoundSummary) -> str:
+    """What became of a round's policy; of a round that has not ended, how far it is."""
+    state = state_of(run, row.round)
+    if state is not RoundState.FINISHED:
+        return state.value
+    return "start" if row.round == 0 else "promoted" if row.promoted else "kept"
+
+
+def rounds_table(run: RunDir, rows: tuple[RoundSummary, ...], *, title: str | None = None) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -67,7 +75,7 @@ def rounds_table(rows: tuple[RoundSummary, ...], *, title: str | None = None) ->
             rate(row.harmful_rate),
             rate(row.over_refusal_rate),
             gate,
-            "start" if row.round == 0 else "promoted" if row.promoted else "kept",
+            policy_word(run, row),
         )
     return table
 
@@ -87,7 +95,7 @@ def seconds_table(rows: tuple[RoundSummary, ...]) -> Table:
 
 def print_run(console: Console, run: RunDir) -> None:
     rows = summaries(run)
-    console.print(rounds_table(rows, title=f"run {read_run_config(run).run_id}"))
+    console.print(rounds_table(run, rows, title=f"run {read_run_config(run).run_id}"))
     console.print(seconds_table(rows))
     for row in rows:
         if row.gate not in (None, GateState.PASS):
@@ -110,7 +118,7 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
     if state_of(run, round_number) is RoundState.NEW:
         raise InputError(f"{run.path} has no round {round_number}; it has rounds 0 to {len(run.rounds()) - 1}")
     row = row_of(run, round_number)
-    console.print(rounds_table((row,), title=f"round {round_number}"))
+    console.print(rounds_table(run, (row,), title=f"round {round_number}"))
     stages = Table(title="stages", title_justify="left")
     for heading in ("stage", "seconds", "counts", "figures"):
         stages.add_column(heading, justify="right" if heading == "seconds" else "left")
@@ -170,13 +178,16 @@ def run_status(run: RunDir) -> dict[str, Any]:
     }
     if state is RoundState.PLAYING:
         here = run.round(number)
-        todo = [name for name in stages_of(config, number) if read_manifest(here.stage(name)) is None]
+        left = () if is_made(run, number) else stages_of(config, number)
+        todo = [name for name in left if read_manifest(here.stage(name)) is None]
         status["stage"] = todo[0] if todo else None
         if todo and (log := run.log(number, todo[0])).is_file():
             status["last_line"] = _last_line(log)
             status["log_age_s"] = round(time.time() - log.stat().st_mtime, 1)
         found = ((name, read_failure(here, name)) for name in stages_of(config, number))
         status["failures"] = {name: failure.message for name, failure in found if failure is not None}
+        if not todo:
+            status["next"] = "every stage is made; the command that plays this run ends the round"
     if state is RoundState.WAITING:
         status["decide"] = how_to_decide(run, number).splitlines()
     return status

@@ -16,8 +16,10 @@ from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState
 from flows.approval import decide
 from flows.failures import read_failure, stage_error
-from flows.rounds import RoundState, begin_round, current_policy, read_round, state_of
-from flows.steps import is_current, run_step
+from flows.rounds import RoundState, begin_round, current_policy, read_round, state_of, stop_reason
+from flows.show import policy_word, run_status
+from flows.steps import is_current, read_run_config, run_step
+from flows.summary import summaries
 from tests.flows.runs import judged_round, played_round, publish, raw_config, started_run, write_config
 
 HEAVY = ("torch", "vllm", "transformers", "prefect", "openai", "anthropic", "peft", "datasets", "scipy", "rich")
@@ -73,6 +75,35 @@ def test_show_ends_with_one_json_line(tmp_path: Path) -> None:
     assert rounds[1]["seconds"].keys() >= {"train", "gate", "report"}
     assert cli("show", str(tmp_path), "2").returncode == 0
     assert cli("show", str(tmp_path), "7").returncode == 2
+
+
+def test_a_round_that_has_not_ended_is_shown_as_what_it_is(tmp_path: Path) -> None:
+    run = started_run(tmp_path)
+    played_round(run, 1, GateState.FAIL)
+    begin_round(run, 2)
+    assert [policy_word(run, row) for row in summaries(run)] == ["start", "kept", "playing"]
+    judged_round(run, 2, GateState.NEEDS_REVIEW)
+    assert [policy_word(run, row) for row in summaries(run)] == ["start", "kept", "waiting"]
+    assert "next" not in run_status(run)
+    decide(run, 2, "approve", reviewer="ann", reason="fine")
+    assert "the command that plays this run ends the round" in run_status(run)["next"]
+    assert [policy_word(run, row) for row in summaries(run)] == ["start", "kept", "playing"]
+    shown = cli("show", str(run.path)).stdout.splitlines()
+    assert any(" kept " in line for line in shown)
+    assert any(" playing " in line for line in shown)
+
+
+def test_a_loop_that_stops_early_says_what_lets_it_go_on(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", max_consecutive_failures=1))
+    run = started_run(tmp_path / "run", max_consecutive_failures=1)
+    played_round(run, 1, GateState.FAIL)
+    done = cli("run", str(config))
+    assert done.returncode == 10
+    assert "raise max_consecutive_failures, or play one more with `dpo-loop round CONFIG`" in done.stdout
+    used_up = started_run(tmp_path / "used", prompts={"pool": {"kind": "jsonl", "path": "world:pool.jsonl"}, "num_buckets": 1})
+    played_round(used_up, 1, GateState.PASS)
+    stop = stop_reason(used_up, read_run_config(used_up))
+    assert "prompts.reuse to `cycle`" in str(stop)
 
 
 def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
