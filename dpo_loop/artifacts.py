@@ -123,10 +123,12 @@ def materialize(stage: Stage, out: Path, *, wait_s: float = 30.0, **inputs: Any)
     """
     fingerprints = fingerprint(inputs)
     key = _key(stage, fingerprints)
-    if manifest := _published(stage, out, key, fingerprints):
+    manifest = _published(stage, out, key, fingerprints)
+    if manifest and not has_leftovers(out):
         return manifest
     with storage_errors(out), hold(out.parent / f".{out.name}.lock", wait_s=wait_s, what=f"stage {stage.name} at {out}"):
         if manifest := _published(stage, out, key, fingerprints):
+            _clear(_scratch_of(out))
             return manifest
         work = out.parent / f".{out.name}.work"
         _clear(work)
@@ -156,10 +158,19 @@ def materialize(stage: Stage, out: Path, *, wait_s: float = 30.0, **inputs: Any)
 
 def scratch(out: Path) -> Path:
     """The directory beside `out` that survives a crash of its stage: journals and checkpoints live here."""
-    name = out.name.removeprefix(".").removesuffix(".work")
-    path = out.parent / f".{name}.scratch"
+    path = _scratch_of(out)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def has_leftovers(out: Path) -> bool:
+    """Whether a published stage was killed before it cleared its scratch; `materialize` clears it then."""
+    return _scratch_of(out).exists()
+
+
+def _scratch_of(out: Path) -> Path:
+    name = out.name.removeprefix(".").removesuffix(".work")
+    return out.parent / f".{name}.scratch"
 
 
 def read_manifest(out: Path) -> StageManifest | None:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, fingerprint, materialize, read_manifest, verify
+from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
 from dpo_loop.files import read_json
@@ -77,10 +77,11 @@ def is_current(run: RunDir, round_number: int, name: str) -> bool:
     """Whether a stage is published, whole, and made from today's inputs by this version of dpo-loop: then no process has to be started
     for it. A False says only that `run_step` will find out. Raises CorruptArtifactError if a file differs from its hash.
     """
-    manifest = read_manifest(run.round(round_number).stage(name))
-    if manifest is None or manifest.versions.get("dpo-loop") != metadata.version("dpo-loop"):
+    out = run.round(round_number).stage(name)
+    manifest = read_manifest(out)
+    if manifest is None or has_leftovers(out) or manifest.versions.get("dpo-loop") != metadata.version("dpo-loop"):
         return False
-    verify(run.round(round_number).stage(name), manifest)
+    verify(out, manifest)
     config = read_run_config(run)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
     return bool(manifest.inputs == fingerprint(_inputs(run, round_number, name, config, invalid)))

@@ -66,7 +66,7 @@ def main() -> None:
             published_before_end += os.waitstatus_to_exitcode(status) != 0
         again = materialize(STAGE, out, wait_s=0, text="hello ")
         whole = sorted(again.files) == ["a.txt", "b.txt", "deep/c.txt"]
-        clean = not (out.parent / ".three.work").exists()
+        clean = not any((out.parent / name).exists() for name in (".three.work", ".three.scratch"))
         if not whole or not clean:
             raise SystemExit(f"point {point}: whole={whole} clean={clean}")
         if os.waitstatus_to_exitcode(status) == 0:

@@ -132,6 +132,20 @@ def test_a_failed_stage_publishes_nothing_and_its_scratch_survives_for_the_same_
     assert sorted(path.name for path in tmp_path.iterdir()) == [".half.lock", "half"]
 
 
+def test_scratch_of_a_published_stage_is_cleared_and_costs_no_lock_where_there_is_none(tmp_path: Path) -> None:
+    stage, runs = counting_stage()
+    out = tmp_path / "count"
+    made = materialize(stage, out, x=1)
+    (scratch(out) / "checkpoint").write_text("as a kill after the rename leaves it")
+    with hold(tmp_path / ".count.lock", wait_s=0, what="test"), pytest.raises(BusyError):
+        materialize(stage, out, wait_s=0, x=1)
+    assert materialize(stage, out, x=1) == made
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".count.lock", "count"]
+    with hold(tmp_path / ".count.lock", wait_s=0, what="test"):
+        assert materialize(stage, out, wait_s=0, x=1) == made
+    assert len(runs) == 1
+
+
 WRITER = """
 import os, sys, time
 from pathlib import Path

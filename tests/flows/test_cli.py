@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_loop.artifacts import scratch
 from dpo_loop.errors import CorruptArtifactError, InputError, NoPairsError, StageFailedError
 from dpo_loop.files import hold
 from dpo_loop.layout import RunDir
@@ -246,9 +247,13 @@ def test_an_error_keeps_its_class_across_processes(tmp_path: Path) -> None:
     assert type(stage_error(here, "pair", 13, "")) is NoPairsError
 
 
-def test_a_stage_from_other_inputs_or_another_version_is_not_taken_for_current(tmp_path: Path) -> None:
+def test_a_stage_from_other_inputs_or_another_version_or_with_scratch_left_is_not_taken_for_current(tmp_path: Path) -> None:
     run = started_run(tmp_path)
     judged_round(run, 1, GateState.PASS)
+    assert is_current(run, 1, "report")
+    (scratch(run.round(1).stage("report")) / "half").write_text("left by a kill")
+    assert not is_current(run, 1, "report")
+    run_step(run, 1, "report")
     assert is_current(run, 1, "report")
     manifest = run.round(1).stage("report") / "manifest.json"
     text = manifest.read_text()
