@@ -22,6 +22,10 @@ COMPARISONS = "comparisons.jsonl"
 GATE_REPORT = "gate_report.json"
 CANARY = "canary.json"
 
+# Of stages whose rooms load torch: here, so that a flow can compare them with a published one at no cost.
+SEED_VERSION = 1
+TRAIN_VERSION = 1
+
 
 def completions_file(shard: int) -> str:
     return f"completions-{shard:05d}.jsonl"

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
+from dpo_loop.exchange import SEED_VERSION, TRAIN_VERSION
 from dpo_loop.files import read_json
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
@@ -74,8 +75,8 @@ def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, An
 
 
 def is_current(run: RunDir, round_number: int, name: str) -> bool:
-    """Whether a stage is published, whole, and made from today's inputs by this version of dpo-loop: then no process has to be started
-    for it. A False says only that `run_step` will find out. Raises CorruptArtifactError if a file differs from its hash.
+    """Whether a stage is published, whole, and made from today's inputs by this version of dpo-loop and of the stage: then no process has to
+    be started for it. A False says only that `run_step` will find out. Raises CorruptArtifactError if a file differs from its hash.
     """
     out = run.round(round_number).stage(name)
     manifest = read_manifest(out)
@@ -84,7 +85,16 @@ def is_current(run: RunDir, round_number: int, name: str) -> bool:
     verify(out, manifest)
     config = read_run_config(run)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
+    if manifest.version != _version(run, name, invalid=bool(invalid)):
+        return False
     return bool(manifest.inputs == fingerprint(_inputs(run, round_number, name, config, invalid)))
+
+
+def _version(run: RunDir, name: str, *, invalid: bool) -> int:
+    """Of the stage as it is now, without the seconds that loading torch takes."""
+    if name in ("seed", "train"):
+        return SEED_VERSION if name == "seed" else TRAIN_VERSION
+    return _stage(run, name, invalid=invalid).version
 
 
 def _stage(run: RunDir, name: str, *, invalid: bool) -> Stage:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dpo_loop.artifacts import Stage, scratch
 from dpo_loop.config import ModelStart, SftStart, Start
 from dpo_loop.errors import InputError, PolicyError, StorageError
-from dpo_loop.exchange import CANARY, METRICS
+from dpo_loop.exchange import CANARY, METRICS, SEED_VERSION
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy, write_policy
 from dpo_loop.progress import say
@@ -149,4 +149,4 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-SEED = Stage(name="seed", version=1, run=seed)
+SEED = Stage(name="seed", version=SEED_VERSION, run=seed)

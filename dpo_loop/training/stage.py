@@ -9,7 +9,7 @@ from typing import Any
 from dpo_loop.artifacts import Stage, scratch
 from dpo_loop.config import TrainingConfig
 from dpo_loop.errors import CorruptArtifactError, NoPairsError
-from dpo_loop.exchange import CANARY, DROPPED, METRICS, read_pairs
+from dpo_loop.exchange import CANARY, DROPPED, METRICS, TRAIN_VERSION, read_pairs
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import adapter_sha256, describe_policy, write_policy
 from dpo_loop.progress import say
@@ -182,4 +182,4 @@ def _summary(rows: list[dict[str, Any]], config: TrainingConfig, model: Any) -> 
     }
 
 
-TRAIN = Stage(name="train", version=1, run=train)
+TRAIN = Stage(name="train", version=TRAIN_VERSION, run=train)

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_loop.artifacts import scratch
 from dpo_loop.errors import CorruptArtifactError, InputError, NoPairsError, StageFailedError
+from dpo_loop.exchange import SEED_VERSION
 from dpo_loop.files import hold
 from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState
@@ -261,10 +262,28 @@ def test_a_stage_from_other_inputs_or_another_version_or_with_scratch_left_is_no
     assert not is_current(run, 1, "report")
     manifest.write_text(text.replace('"round": 1', '"round": 2', 1))
     assert not is_current(run, 1, "report")
+    manifest.write_text(text.replace('"version": 1', '"version": 0', 1))
+    assert not is_current(run, 1, "report")
     manifest.write_text(text)
     run.round(1).report_page.write_text("")
     with pytest.raises(CorruptArtifactError):
         is_current(run, 1, "report")
+
+
+def test_a_start_policy_of_another_version_is_noticed_without_loading_torch(tmp_path: Path) -> None:
+    run = started_run(tmp_path, start={"kind": "model", "model": "org/model"})
+    path = run.round(0).stage("seed") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    start = read_run_config(run).start.model_dump(mode="json")
+    code = (
+        "import sys; from pathlib import Path; from dpo_loop.layout import RunDir; from flows.steps import is_current; "
+        f"print(is_current(RunDir(Path({str(tmp_path)!r})), 0, 'seed'), [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    for version, current in ((SEED_VERSION, True), (SEED_VERSION + 1, False)):
+        inputs = {"start": start, "model": None, "adapter": None, "demonstrations": None}
+        path.write_text(json.dumps({**manifest, "version": version, "inputs": inputs}))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == f"{current} []"
 
 
 @pytest.mark.slow
