@@ -13,13 +13,13 @@ from typing import Any
 from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
-from dpo_loop.exchange import SEED_VERSION, TRAIN_VERSION
 from dpo_loop.files import read_json
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
 from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
 from flows.failures import class_of, read_failure, record_failure
+from flows.stages import stage_of, version_of
 
 # --------------------------------------------------------------------------------------------------------- which stages
 
@@ -71,7 +71,7 @@ def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, An
     config = read_run_config(run)
     _check_exists(run, round_number, name)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
-    return _stage(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
+    return stage_of(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
 
 
 def is_current(run: RunDir, round_number: int, name: str) -> bool:
@@ -85,70 +85,9 @@ def is_current(run: RunDir, round_number: int, name: str) -> bool:
     verify(out, manifest)
     config = read_run_config(run)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
-    if manifest.version != _version(run, name, invalid=bool(invalid)):
+    if manifest.version != version_of(run, name, invalid=bool(invalid)):
         return False
     return bool(manifest.inputs == fingerprint(_inputs(run, round_number, name, config, invalid)))
-
-
-def _version(run: RunDir, name: str, *, invalid: bool) -> int:
-    """Of the stage as it is now, without the seconds that loading torch takes."""
-    if name in ("seed", "train"):
-        return SEED_VERSION if name == "seed" else TRAIN_VERSION
-    return _stage(run, name, invalid=invalid).version
-
-
-def _stage(run: RunDir, name: str, *, invalid: bool) -> Stage:
-    """Rooms are imported here and nowhere else, so that a command loads only what its stage needs."""
-    match name:
-        case "world":
-            from dpo_loop.quickstart.stage import WORLD
-
-            return WORLD
-        case "seed":
-            from dpo_loop.training.seed import SEED
-
-            return SEED
-        case "evalset":
-            from dpo_loop.prompts.stage import EVALSET
-
-            return EVALSET
-        case "prompts":
-            from dpo_loop.prompts.stage import PROMPTS
-
-            return PROMPTS
-        case "generate":
-            from dpo_loop.generation.stage import GENERATE
-
-            return GENERATE
-        case "judge":
-            from judges.stage import judge_stage
-
-            return judge_stage(run.ledger)
-        case "pair":
-            from dpo_loop.pairing.stage import PAIR
-
-            return PAIR
-        case "train":
-            from dpo_loop.training.stage import TRAIN
-
-            return TRAIN
-        case "answer":
-            from dpo_loop.generation.stage import ANSWER
-
-            return ANSWER
-        case "grade":
-            from judges.grading import grade_stage
-
-            return grade_stage(run.ledger)
-        case "gate":
-            from dpo_loop.evaluation.stage import GATE, GATE_INVALID
-
-            return GATE_INVALID if invalid else GATE
-        case "report":
-            from dpo_loop.reporting.stage import REPORT
-
-            return REPORT
-    raise InputError(f"there is no stage {name}")
 
 
 def _inputs(run: RunDir, round_number: int, name: str, config: RunConfig, invalid: tuple[str, ...]) -> dict[str, Any]:
