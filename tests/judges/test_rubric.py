@@ -75,7 +75,7 @@ def test_order_and_texts_and_rubric_are_in_the_key_and_ids_are_not() -> None:
 
 def test_a_changed_rubric_or_layout_comes_with_a_new_version_of_the_judge_stage() -> None:
     # If this fails: bump VERSION in judges/stage.py and judges/grading.py, and the rubric's own version, then pin the new values here.
-    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("8c10a920065d0e8c", 1, 1, 1)
+    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("8c10a920065d0e8c", 1, 1, 2)
 
 
 def test_an_unknown_rubric_is_refused_by_name() -> None:
