@@ -30,7 +30,7 @@ class Candidate:
     is_whole: bool = True
 
 
-def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: str, replicate: int = 0) -> dict[str, Any]:
+def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: str | None, replicate: int = 0) -> dict[str, Any]:
     """What the key of a call is hashed from: who is asked how, and the texts in the order shown. Ids, run and API key are not in it,
     so the same question is the same call in every round."""
     material = {"prompt": [[m.model_dump() for m in prompt.messages], prompt.tags], "left": left, "right": right}
@@ -68,20 +68,39 @@ class Asker:
         return self._backend.spec.concurrency
 
     async def ask(self, prompt: Prompt, left: Candidate, right: Candidate, *, replicate: int = 0) -> Ballot:
-        question = question_of(self._backend.spec.identity, prompt, left.text, right.text, replicate)
+        return await self._look(prompt, left, right, replicate)
+
+    async def grade(self, prompt: Prompt, answer: Candidate, *, replicate: int = 0) -> Ballot:
+        return await self._look(prompt, answer, None, replicate)
+
+    async def _look(self, prompt: Prompt, left: Candidate, right: Candidate | None, replicate: int) -> Ballot:
+        right_text, right_id = (None, None) if right is None else (right.text, right.id)
+        question = question_of(self._backend.spec.identity, prompt, left.text, right_text, replicate)
         key = key_of(question)
-        request = JudgeRequest(key=key, prompt=prompt, left=left.text, right=right.text)
+        request = JudgeRequest(key=key, prompt=prompt, left=left.text, right=right_text)
         reply = await (self._instant(request, question) if self._backend.spec.is_instant else self._once(request, question))
         if isinstance(reply.outcome, Undecided):
             self.undecided[reply.outcome.reason.value] += 1
-        judge = self._backend.spec.name
-        return ballot_of(key, prompt=prompt, left_id=left.id, right_id=right.id, judge=judge, reply=reply)
+        return ballot_of(key, prompt=prompt, left_id=left.id, right_id=right_id, judge=self._backend.spec, reply=reply)
 
-    async def both_orders(self, prompt: Prompt, one: Candidate, other: Candidate) -> tuple[Verdict, tuple[Ballot, Ballot]]:
+    async def both_orders(
+        self, prompt: Prompt, one: Candidate, other: Candidate, *, replicate: int = 0
+    ) -> tuple[Verdict, tuple[Ballot, ...]]:
         """The verdict between two answers, from a ballot in each order: the only way to a label."""
-        first = await self.ask(prompt, one, other)
-        second = await self.ask(prompt, other, one)
+        first = await self.ask(prompt, one, other, replicate=replicate)
+        second = await self.ask(prompt, other, one, replicate=replicate)
         return verdict_of(first, second), (first, second)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "judge": self._backend.spec.name,
+            "calls_asked": self.num_asked,
+            "calls_from_ledger": self.num_known,
+            "undecided_calls": dict(sorted(self.undecided.items())),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost_usd": self.cost_usd,
+        }
 
     # ------------------------------------------------------------------------------------------------------------ one call
 

@@ -12,18 +12,18 @@ from typing import Any, Protocol, assert_never
 
 from pydantic import Field
 
-from dpo_loop.types import Decided, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
+from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
 from judges.config import Judge, OpenAIJudge, VerifierJudge
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeRequest:
-    """left is shown first. key: of this call in the ledger; it names the call at the vendor and seeds the fences of the request."""
+    """left is shown first; right None: `left` is graded alone. key: of this call in the ledger; it names the call at the vendor and seeds the fences of the request."""
 
     key: str
     prompt: Prompt
     left: str
-    right: str
+    right: str | None
 
 
 class Reply(Record):
@@ -44,9 +44,9 @@ class Reply(Record):
 
     @property
     def is_final(self) -> bool:
-        """A decision or a refusal: asking again would buy the same. Any other failure is asked again on resume."""
+        """A decision, a grade or a refusal: asking again would buy the same. Any other failure is asked again on resume."""
         match self.outcome:
-            case Decided():
+            case Decided() | Graded():
                 return True
             case Undecided():
                 return self.outcome.reason == UndecidedReason.REFUSED
@@ -57,12 +57,14 @@ class BackendSpec:
     """name: shown in ballots. identity: all that may change an answer, as JSON; it is part of every key.
 
     concurrency: calls that may be under way at once. is_instant: a free local function, whose calls need no claim in the ledger.
+    family: of models it is one of, "" where nobody said.
     """
 
     name: str
     identity: Mapping[str, Any] = field(hash=False)
     concurrency: int
     is_instant: bool = False
+    family: str = ""
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_loop.types import Ballot, Decided, Prompt, Undecided, UndecidedReason
-from judges.backend import Reply
+from judges.backend import BackendSpec, Reply
 
 
 class _RawVerdict(BaseModel):
@@ -42,7 +42,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def ballot_of(key: str, *, prompt: Prompt, left_id: str, right_id: str, judge: str, reply: Reply) -> Ballot:
+def ballot_of(key: str, *, prompt: Prompt, left_id: str, right_id: str | None, judge: BackendSpec, reply: Reply) -> Ballot:
     """The ids are those of the caller: the same two texts may be another run's completions, and the ledger serves both."""
     return Ballot(
         key=key,
@@ -50,10 +50,13 @@ def ballot_of(key: str, *, prompt: Prompt, left_id: str, right_id: str, judge: s
         left_id=left_id,
         right_id=right_id,
         outcome=reply.outcome,
-        judge=judge,
+        judge=judge.name,
+        family=judge.family,
         served_model=reply.served_model,
         raw=reply.raw,
         usage=reply.usage,
         cost_usd=reply.cost_usd,
         latency_s=reply.latency_s,
+        request_id=reply.request_id,
+        attempts=reply.attempts,
     )

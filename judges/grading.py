@@ -34,12 +34,11 @@ from dpo_loop.types import (
     Verdict,
     VerdictKind,
 )
-from judges.asker import Asker, Candidate
-from judges.backend import open_backend
+from judges.asker import Candidate
 from judges.config import GradingConfig, Judge
 from judges.graders import Grader, safety_grader, task_grader
-from judges.ledger import Ledger
-from judges.stage import call_figures, spaced, unique
+from judges.jury import Jury, open_jury
+from judges.stage import spaced, unique
 from judges.workers import for_each
 
 VERSION = 2
@@ -155,37 +154,32 @@ async def _compare(
     references: list[Reference] = [name for name in ("previous", "anchor") if name in answers]
     if not references:
         return [], [], {}
-    backend = open_backend(judge)
-    try:
-        with Ledger(ledger) as book:
-            asker = Asker(backend, book)
-            comparisons, ballots = await compare_all(asker, prompts, answers, references)
-    finally:
-        await backend.aclose()
-    return comparisons, ballots, call_figures(asker, backend)
+    async with open_jury(judge, ledger) as jury:
+        comparisons, ballots = await compare_all(jury, prompts, answers, references)
+        return comparisons, ballots, jury.figures()
 
 
 async def compare_all(
-    asker: Asker, prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], references: Sequence[Reference]
+    jury: Jury, prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], references: Sequence[Reference]
 ) -> tuple[list[Comparison], list[Ballot]]:
     """Candidate against each reference on every task prompt; by reference, then in the order of `prompts`."""
     jobs = [(prompt, vs) for prompt in prompts if prompt.side is Side.TASK for vs in references]
 
     async def work(job: tuple[Prompt, Reference]) -> tuple[Comparison, tuple[Ballot, ...]]:
         prompt, vs = job
-        return await compare(asker, prompt, vs, answers["candidate"].get(prompt.id), answers[vs].get(prompt.id))
+        return await compare(jury, prompt, vs, answers["candidate"].get(prompt.id), answers[vs].get(prompt.id))
 
     def report(num_done: int) -> None:
-        calls = f"{spaced(asker.num_asked)} calls, {spaced(asker.num_known)} known"
+        calls = f"{spaced(jury.num_asked)} calls, {spaced(jury.num_known)} known"
         say(f"grade: {spaced(num_done)}/{spaced(len(jobs))} comparisons, {calls}")
 
-    made = await for_each(jobs, work, concurrency=asker.concurrency, report=report)
+    made = await for_each(jobs, work, concurrency=jury.concurrency, report=report)
     made.sort(key=lambda pair: references.index(pair[0].vs))
     return [comparison for comparison, _ in made], [ballot for _, ballots in made for ballot in ballots]
 
 
 async def compare(
-    asker: Asker, prompt: Prompt, vs: Reference, candidate: Answer | None, reference: Answer | None
+    jury: Jury, prompt: Prompt, vs: Reference, candidate: Answer | None, reference: Answer | None
 ) -> tuple[Comparison, tuple[Ballot, ...]]:
     """Equal texts are a tie that needs no judge; a missing answer leaves the comparison undecided."""
     if candidate is None or reference is None:
@@ -193,7 +187,7 @@ async def compare(
         return Comparison(prompt_id=prompt.id, vs=vs, kind=undecided, p_candidate=None, ballot_keys=()), ()
     if candidate.text == reference.text:
         return Comparison(prompt_id=prompt.id, vs=vs, kind=VerdictKind.TIE, p_candidate=0.5, ballot_keys=()), ()
-    verdict, ballots = await asker.both_orders(
+    verdict, ballots = await jury.both_orders(
         prompt, Candidate(candidate.id, candidate.text), Candidate(reference.id, reference.text)
     )
     p_candidate = p_of(verdict, candidate.id)

@@ -22,11 +22,10 @@ from dpo_loop.exchange import BALLOTS, JUDGEMENTS, read_completions, read_prompt
 from dpo_loop.files import write_jsonl
 from dpo_loop.progress import say
 from dpo_loop.types import Ballot, Decided, FinishReason, Prompt, PromptJudgement, StageOutcome, Tally, VerdictKind, content_id
-from judges.asker import Asker, Candidate
-from judges.backend import Backend, open_backend
+from judges.asker import Candidate
 from judges.config import Judge
+from judges.jury import Jury, open_jury
 from judges.knockout import best_and_worst
-from judges.ledger import Ledger
 from judges.workers import for_each
 
 VERSION = 2
@@ -56,16 +55,12 @@ def judge_stage(ledger: Path) -> Stage:
 async def _run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int, ledger: Path) -> StageOutcome:
     asked = list(read_prompts(prompts))
     candidates = _candidates(completions, asked)
-    backend = open_backend(judge)
-    try:
-        with Ledger(ledger) as book:
-            asker = Asker(backend, book)
-            judged = await judge_prompts(asker, asked, candidates, seed=seed)
-    finally:
-        await backend.aclose()
+    async with open_jury(judge, ledger) as jury:
+        judged = await judge_prompts(jury, asked, candidates, seed=seed)
+        calls = jury.figures()
     write_jsonl(out / JUDGEMENTS, (item.judgement for item in judged))
     write_jsonl(out / BALLOTS, unique(ballot for item in judged for ballot in (*item.selecting, *item.final)))
-    return StageOutcome(tallies=(tally(judged),), metrics=figures(judged) | call_figures(asker, backend))
+    return StageOutcome(tallies=(tally(judged),), metrics=figures(judged) | calls)
 
 
 def _candidates(completions: Path, prompts: Sequence[Prompt]) -> dict[str, list[Candidate]]:
@@ -79,24 +74,24 @@ def _candidates(completions: Path, prompts: Sequence[Prompt]) -> dict[str, list[
 
 
 async def judge_prompts(
-    asker: Asker, prompts: Sequence[Prompt], candidates: dict[str, list[Candidate]], *, seed: int
+    jury: Jury, prompts: Sequence[Prompt], candidates: dict[str, list[Candidate]], *, seed: int
 ) -> list[Judged]:
     """One Judged per prompt, in the order of `prompts`; prompts without an entry in `candidates` have nothing to compare."""
     seen: Counter[str] = Counter()
 
     async def work(prompt: Prompt) -> Judged:
-        judged = await judge_prompt(asker, prompt, candidates.get(prompt.id, []), seed=seed)
+        judged = await judge_prompt(jury, prompt, candidates.get(prompt.id, []), seed=seed)
         seen[outcome_of(judged)] += 1
         return judged
 
     def report(num_done: int) -> None:
-        calls = f"{spaced(asker.num_asked)} calls, {spaced(asker.num_known)} known"
+        calls = f"{spaced(jury.num_asked)} calls, {spaced(jury.num_known)} known"
         say(f"judge: {spaced(num_done)}/{spaced(len(prompts))} prompts, {calls}, {spaced(seen['winner'])} with a winner")
 
-    return await for_each(prompts, work, concurrency=asker.concurrency, report=report)
+    return await for_each(prompts, work, concurrency=jury.concurrency, report=report)
 
 
-async def judge_prompt(asker: Asker, prompt: Prompt, answers: Sequence[Candidate], *, seed: int) -> Judged:
+async def judge_prompt(jury: Jury, prompt: Prompt, answers: Sequence[Candidate], *, seed: int) -> Judged:
     by_id = {answer.id: answer for answer in distinct(answers)}
     if len(by_id) < 2:
         why = "no answer" if not answers else f"all {len(answers)} answers are the same"
@@ -105,13 +100,13 @@ async def judge_prompt(asker: Asker, prompt: Prompt, answers: Sequence[Candidate
     selecting: list[Ballot] = []
 
     async def match(first: str, second: str) -> float | None:
-        ballot = await asker.ask(prompt, by_id[first], by_id[second])
+        ballot = await jury.ask(prompt, by_id[first], by_id[second])
         selecting.append(ballot)
         return ballot.outcome.p_left if isinstance(ballot.outcome, Decided) else None
 
     rng = random.Random(content_id("knockout", seed, prompt.id))
     best, worst = await best_and_worst(list(by_id), rng, match)
-    verdict, final = await asker.both_orders(prompt, by_id[best], by_id[worst])
+    verdict, final = await jury.both_orders(prompt, by_id[best], by_id[worst])
     return Judged(PromptJudgement(prompt_id=prompt.id, best_id=best, worst_id=worst, verdict=verdict), final, tuple(selecting))
 
 
@@ -152,18 +147,6 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
         "consistency": rate(decided - kinds[VerdictKind.INCONSISTENT], decided),
         "first_position_win_rate": rate(sum(p > 0.5 for p in winners), len(winners)),
         "tie_rate": rate(kinds[VerdictKind.TIE], decided),
-    }
-
-
-def call_figures(asker: Asker, backend: Backend) -> dict[str, Any]:
-    return {
-        "judge": backend.spec.name,
-        "calls_asked": asker.num_asked,
-        "calls_from_ledger": asker.num_known,
-        "undecided_calls": dict(sorted(asker.undecided.items())),
-        "input_tokens": asker.input_tokens,
-        "output_tokens": asker.output_tokens,
-        "cost_usd": asker.cost_usd,
     }
 
 

@@ -11,6 +11,8 @@ def verdict_of(one: Ballot, other: Ballot) -> Verdict:
     p_a = (p of a shown first + p of a shown second) / 2. Same winner twice: winner. Tie twice: tie. A tie and a winner: weak. Opposite
     winners: inconsistent. Anything undecided: undecided. Raises ValueError if the ballots are not the two orders of one pair.
     """
+    if one.right_id is None or other.right_id is None:
+        raise ValueError(f"ballot {one.key[:12]} or {other.key[:12]} graded one answer alone, which compares nothing")
     if one.prompt_id != other.prompt_id or (one.left_id, one.right_id) != (other.right_id, other.left_id):
         raise ValueError(
             f"ballots {one.key[:12]} and {other.key[:12]} are not the two orders of one pair: {one.prompt_id} shows {one.left_id}, "

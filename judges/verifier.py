@@ -7,12 +7,12 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_loop.errors import InputError
-from dpo_loop.types import Decided, Prompt, Undecided, UndecidedReason
+from dpo_loop.types import Decided, Graded, Outcome, Prompt, Undecided, UndecidedReason
 from judges.backend import BackendSpec, JudgeRequest, Reply
 from judges.config import VerifierJudge
 
@@ -75,6 +75,7 @@ class VerifierBackend:
             identity={"kind": "verifier", "function": config.function, "source_sha256": source_sha256(config.function)},
             concurrency=1,
             is_instant=True,
+            family="verifier",
         )
         # An answer meets several others in a knockout, and a verifier may run for seconds: scores of the prompt at hand.
         self._prompt_id = ""
@@ -86,11 +87,12 @@ class VerifierBackend:
 
     async def ask(self, request: JudgeRequest) -> Reply:
         started = time.monotonic()
-        left, right = self._score(request.prompt, request.left), self._score(request.prompt, request.right)
+        texts = (request.left,) if request.right is None else (request.left, request.right)
+        scores = [self._score(request.prompt, text) for text in texts]
         return Reply(
             cost_usd=0.0,
-            outcome=_outcome(left, right),
-            raw=f"{left} {right}",
+            outcome=_outcome(scores),
+            raw=" ".join(map(str, scores)),
             latency_s=round(time.monotonic() - started, 6),
             served_model=self._name,
         )
@@ -106,7 +108,11 @@ class VerifierBackend:
         return self._scores[text]
 
 
-def _outcome(left: float | None, right: float | None) -> Decided | Undecided:
-    if left is None or right is None:
+def _outcome(scores: Sequence[float | None]) -> Outcome:
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
         return Undecided(reason=UndecidedReason.MALFORMED, detail="the verifier cannot tell")
+    if len(known) == 1:
+        return Graded(quality=known[0])
+    left, right = known
     return Decided(p_left=1.0 if left > right else 0.0 if left < right else 0.5)

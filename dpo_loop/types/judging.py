@@ -35,29 +35,46 @@ class Undecided(Record):
     detail: str = ""
 
 
-Outcome = Decided | Undecided
+class Graded(Record):
+    """One answer looked at alone: quality 0..1, higher is better. It may select what is compared; it never makes a verdict."""
+
+    kind: Literal["graded"] = "graded"
+    quality: float = Field(ge=0, le=1)
+    label_mass: float | None = None
+    rationale: str = ""
+
+
+Outcome = Decided | Graded | Undecided
 
 
 class Usage(Record):
+    """input_tokens is the total, cached ones included. output_tokens covers hidden reasoning, which is billed too."""
+
     input_tokens: int = 0
+    cached_input_tokens: int = 0
     output_tokens: int = 0
 
 
 class Ballot(Record):
-    """One judge call. left_id and right_id are the completions *as shown*."""
+    """One judge call. left_id and right_id are the completions *as shown*; right_id None: `left` was graded alone."""
 
     key: str
     prompt_id: str
     left_id: str
-    right_id: str
+    right_id: str | None
     outcome: Outcome = Field(discriminator="kind")
     judge: str
+    family: str = ""
+    """Of models the judge is one of; in a panel every family weighs the same."""
     served_model: str = ""
     raw: str = ""
     usage: Usage = Usage()
     cost_usd: float | None = None
     """None: nobody knows the price."""
     latency_s: float = 0.0
+    request_id: str = ""
+    """Of the last attempt that was answered, as the vendor names it."""
+    attempts: int = 1
 
 
 class VerdictKind(StrEnum):

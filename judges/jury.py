@@ -1,0 +1,66 @@
+"""Whoever decides a comparison: one judge, or a panel of them. Stages, grading and the self-test know nothing else.
+
+`open_jury` is the one way from a judge's config to something that can be asked, with the run's ledger between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_loop.types import Ballot, Prompt, Verdict
+from judges.asker import Asker, Candidate
+from judges.backend import open_backend
+from judges.config import Judge
+from judges.ledger import Ledger
+
+
+class Jury(Protocol):
+    """An Asker is one. Failures of a vendor are ballots; only what makes going on pointless is raised: JudgeError, InputError,
+    JudgeUnavailableError, BudgetExceededError."""
+
+    @property
+    def concurrency(self) -> int:
+        """Prompts that are worth judging at once."""
+        ...
+
+    @property
+    def num_asked(self) -> int:
+        """Calls that were made."""
+        ...
+
+    @property
+    def num_known(self) -> int:
+        """Calls that the ledger answered."""
+        ...
+
+    async def ask(self, prompt: Prompt, left: Candidate, right: Candidate, *, replicate: int = 0) -> Ballot:
+        """One look in one order: it selects what is compared, and never makes a label."""
+        ...
+
+    async def grade(self, prompt: Prompt, answer: Candidate, *, replicate: int = 0) -> Ballot:
+        """One answer looked at alone: it selects too."""
+        ...
+
+    async def both_orders(
+        self, prompt: Prompt, one: Candidate, other: Candidate, *, replicate: int = 0
+    ) -> tuple[Verdict, tuple[Ballot, ...]]:
+        """The verdict between two answers, and every ballot that made it: the only way to a label."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Who judged, calls asked and known, undecided calls by reason, tokens, dollars."""
+        ...
+
+
+@asynccontextmanager
+async def open_jury(config: Judge, ledger: Path) -> AsyncIterator[Jury]:
+    """Raises InputError if a judge cannot be opened: no such function, no key in the environment."""
+    backend = open_backend(config)
+    try:
+        with Ledger(ledger) as book:
+            yield Asker(backend, book)
+    finally:
+        await backend.aclose()
