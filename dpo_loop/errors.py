@@ -8,6 +8,7 @@
     │   ├── StaleArtifactError                a published stage was made from other inputs
     │   ├── CorruptArtifactError              a published file differs from its recorded hash
     │   ├── StorageError                      disk full, directory read-only
+    │   ├── BudgetExceededError               a call that would go over a cap was not made; resumes when the cap is raised
     │   └── DecisionError                     approve/reject of something that does not wait for it
     ├── BusyError                   exit 75   another process holds the stage or the run (retryable)
     ├── ServerUnavailableError      exit 75   the Prefect API that is configured does not answer (retryable)
@@ -68,6 +69,10 @@ class CorruptArtifactError(InputError):
 
 
 class StorageError(InputError):
+    pass
+
+
+class BudgetExceededError(InputError):
     pass
 
 

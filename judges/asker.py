@@ -135,7 +135,12 @@ class Asker:
             if known := self._ledger.find(request.key):  # reading locks nobody out, claiming does
                 self.num_known += 1
                 return known
-            match self._ledger.claim(request.key, question):
+            try:
+                claim = await self._ledger.claim(request.key, question)
+            except asyncio.CancelledError:
+                self._ledger.release(request.key, "cancelled")  # the claim is made although nobody waits for it
+                raise
+            match claim:
                 case Reply() as known:
                     self.num_known += 1
                     return known
@@ -150,7 +155,7 @@ class Asker:
         except BaseException as error:
             self._ledger.release(request.key, f"{type(error).__name__}: {error}")
             raise
-        self._ledger.settle(request.key, reply)
+        await self._ledger.settle(request.key, reply)
         self.num_asked += 1
         self.input_tokens += reply.usage.input_tokens
         self.output_tokens += reply.usage.output_tokens

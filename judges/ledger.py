@@ -7,23 +7,27 @@
 Failures are never kept as answers. A killed process leaves rows in flight; they are asked again, and nothing else is. An *owner* is
 one open Ledger; it holds a flock on its own file for as long as its process lives, which is how others see that it does.
 
+Writes are grouped: all that is queued in one turn of the event loop goes into one transaction, and each writer goes on when it is
+committed. That is what makes a call cheap; reading is immediate and locks nobody out.
+
 WAL with synchronous=NORMAL: a killed process loses nothing, a power cut may lose the last moments' replies but never the file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from dpo_loop.errors import BusyError, CorruptArtifactError, InputError, StorageError
+from dpo_loop.errors import BusyError, CorruptArtifactError, DpoLoopError, InputError, StorageError
 from dpo_loop.files import hold
 from dpo_loop.types import canonical_json
 from judges.backend import Reply
@@ -57,6 +61,10 @@ WHERE status != 'done'
 """
 
 
+_END = "UPDATE calls SET status = ?, owner = NULL, reply = ?, last_problem = ?, finished_at = ? WHERE key = ? AND owner = ?"
+Made = TypeVar("Made")
+
+
 class Claim(Enum):
     MINE = "mine"
     """Ask, then `settle` or `release`."""
@@ -64,15 +72,48 @@ class Claim(Enum):
     """Another living owner is asking; look again in a moment."""
 
 
+class Row(NamedTuple):
+    """For audits. question: what the key was hashed from. reply None: not answered for good yet."""
+
+    question: dict[str, Any]
+    reply: Reply | None
+    times_asked: int
+
+
+class _Write(Generic[Made]):
+    """A change that waits for its turn's transaction."""
+
+    def __init__(self, change: Callable[[sqlite3.Connection], Made], done: asyncio.Future[Made]) -> None:
+        self._change, self._done = change, done
+        self._made: Made | DpoLoopError
+
+    def run(self, db: sqlite3.Connection) -> None:
+        try:
+            self._made = self._change(db)
+        except DpoLoopError as error:
+            self._made = error
+
+    def tell(self, failure: BaseException | None = None) -> None:
+        if self._done.done() or self._done.get_loop().is_closed():
+            return
+        if failure is not None:
+            self._done.set_exception(failure)
+        elif isinstance(self._made, DpoLoopError):
+            self._done.set_exception(self._made)
+        else:
+            self._done.set_result(self._made)
+
+
 class Ledger:
-    """Of one thread. Raises StorageError (disk full, read-only), BusyError (locked for 30 s), CorruptArtifactError (not a ledger)."""
+    """Of one thread and, for writing, of one event loop. Raises StorageError (disk full, read-only), BusyError (locked for 30 s), CorruptArtifactError (not a ledger)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._kept: dict[str, tuple[str, Reply]] = {}
+        self._queue: list[_Write[Any]] = []
         self._cleanup = ExitStack()
         try:
-            self._owner = self._register_owner()
+            self.owner = self._register_owner()
             self._db = self._open()
         except BaseException:
             self._cleanup.close()
@@ -88,28 +129,64 @@ class Ledger:
             row = self._db.execute("SELECT reply FROM calls WHERE key = ?", (key,)).fetchone()
         return None if row is None or row[0] is None else Reply.model_validate_json(row[0])
 
-    def claim(self, key: str, question: Mapping[str, Any]) -> Reply | Claim:
+    async def claim(self, key: str, question: Mapping[str, Any]) -> Reply | Claim:
         """The final reply if there is one, else who may ask. question: what the key was hashed from, kept for audits."""
-        with self._transaction():
-            row = self._db.execute("SELECT status, owner, reply FROM calls WHERE key = ?", (key,)).fetchone()
+        asked = canonical_json(question)
+
+        def work(db: sqlite3.Connection) -> str | Claim:
+            row = db.execute("SELECT status, owner, reply FROM calls WHERE key = ?", (key,)).fetchone()
             match row:
-                case ("done", _, reply):
-                    return Reply.model_validate_json(reply)
-                case ("in_flight", owner, _) if owner == self._owner or self._is_alive(owner):
+                case ("done", _, str(reply)):
+                    return reply
+                case ("in_flight", owner, _) if self.is_alive(owner):
                     return Claim.THEIRS
-            self._db.execute(_CLAIM, (key, self._owner, canonical_json(question), time.time()))
+            db.execute(_CLAIM, (key, self.owner, asked, time.time()))
             return Claim.MINE
 
-    def settle(self, key: str, reply: Reply) -> None:
+        found = await self.write(work)
+        return found if isinstance(found, Claim) else Reply.model_validate_json(found)
+
+    async def settle(self, key: str, reply: Reply) -> None:
         """End of a claimed call: a final reply is done, any other goes back to be asked again another time."""
         if reply.is_final:
-            self._end(key, "done", reply.model_dump_json(), None)
+            await self._end(key, "done", reply.model_dump_json(), None)
         else:
-            self._end(key, "planned", None, reply.outcome.model_dump_json())
+            await self._end(key, "planned", None, reply.outcome.model_dump_json())
 
-    def release(self, key: str, problem: str) -> None:
-        """End of a claimed call that was cut short: it may be asked again."""
-        self._end(key, "planned", None, json.dumps(problem))
+    def release(self, key: str, problem: str) -> asyncio.Future[None]:
+        """End of a claimed call that was cut short: it may be asked again. Queued at once, whether or not it is awaited."""
+        return self._end(key, "planned", None, json.dumps(problem))
+
+    def write(self, change: Callable[[sqlite3.Connection], Made]) -> asyncio.Future[Made]:
+        """Queue a change for this turn's transaction; what it returns comes when that is committed.
+
+        A change is queued at once and made even if nobody waits for it any more. It may raise a DpoLoopError before it has changed
+        anything; any other error undoes the whole transaction and reaches all of its writers.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Made] = loop.create_future()
+        if not self._queue:
+            loop.call_soon(self._commit)
+        self._queue.append(_Write(change, done))
+        return done
+
+    def read(self, look: Callable[[sqlite3.Connection], Made]) -> Made:
+        """Of what is committed, and of this turn's changes."""
+        self._commit()
+        with self._errors():
+            return look(self._db)
+
+    def rows(self, keys: Iterable[str]) -> dict[str, Row]:
+        """By key, the calls among `keys` that were ever asked."""
+        self.flush()
+        found = {}
+        for key in keys:
+            row = self.read(
+                lambda db, key=key: db.execute("SELECT question, reply, times_asked FROM calls WHERE key = ?", (key,)).fetchone()  # type: ignore[misc]
+            )
+            if row is not None:
+                found[key] = Row(json.loads(row[0]), None if row[1] is None else Reply.model_validate_json(row[1]), row[2])
+        return found
 
     def keep(self, key: str, question: Mapping[str, Any], reply: Reply) -> None:
         """A final reply that cost nothing and needed no claim; written with many others, at the latest on closing."""
@@ -134,6 +211,7 @@ class Ledger:
 
     def close(self) -> None:
         try:
+            self._commit()
             self.flush()
         finally:
             self._db.close()
@@ -145,12 +223,28 @@ class Ledger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _end(self, key: str, status: str, reply: str | None, problem: str | None) -> None:
-        with self._transaction():
-            self._db.execute(
-                "UPDATE calls SET status = ?, owner = NULL, reply = ?, last_problem = ?, finished_at = ? WHERE key = ? AND owner = ?",
-                (status, reply, problem, time.time(), key, self._owner),
-            )
+    def _end(self, key: str, status: str, reply: str | None, problem: str | None) -> asyncio.Future[None]:
+        row = (status, reply, problem, time.time(), key, self.owner)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_END, row)
+
+        return self.write(work)
+
+    def _commit(self) -> None:
+        writes, self._queue = self._queue, []
+        if not writes:
+            return
+        try:
+            with self._transaction():
+                for write in writes:
+                    write.run(self._db)
+        except Exception as error:
+            for write in writes:
+                write.tell(error)
+        else:
+            for write in writes:
+                write.tell()
 
     # --------------------------------------------------------------------------------------------------- owners
 
@@ -167,7 +261,9 @@ class Ledger:
             self._cleanup.enter_context(hold(mark, wait_s=0, what=f"owner {owner} of {self.path}"))
         return owner
 
-    def _is_alive(self, owner: str) -> bool:
+    def is_alive(self, owner: str) -> bool:
+        if owner == self.owner:
+            return True
         mark = self._owners / owner
         if not mark.exists():
             return False

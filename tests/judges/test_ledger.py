@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,49 +30,66 @@ QUESTION = {"v": 1, "left_sha256": "x"}
 YES = Reply(outcome=Decided(p_left=1.0, rationale="r"), raw="raw", served_model="m", request_id="i")
 
 
+Test = Callable[..., Coroutine[Any, Any, None]]
+
+
+def in_a_loop(test: Test) -> Callable[..., None]:
+    """pytest runs plain functions; the arguments are still its fixtures."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
 def failed(reason: UndecidedReason) -> Reply:
     return Reply(outcome=Undecided(reason=reason, detail="why"))
 
 
-def test_a_final_reply_is_served_for_ever(tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_final_reply_is_served_for_ever(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        assert ledger.claim("k", QUESTION) is Claim.MINE
-        ledger.settle("k", YES)
+        assert await ledger.claim("k", QUESTION) is Claim.MINE
+        await ledger.settle("k", YES)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        assert ledger.claim("k", QUESTION) == ledger.find("k") == YES
+        assert await ledger.claim("k", QUESTION) == ledger.find("k") == YES
         assert ledger.counts() == {"done": 1}
 
 
 @pytest.mark.parametrize("reason", UndecidedReason)
-def test_only_a_refusal_among_failures_is_final(tmp_path: Path, reason: UndecidedReason) -> None:
+@in_a_loop
+async def test_only_a_refusal_among_failures_is_final(tmp_path: Path, reason: UndecidedReason) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.claim("k", QUESTION)
-        ledger.settle("k", failed(reason))
+        await ledger.claim("k", QUESTION)
+        await ledger.settle("k", failed(reason))
         ledger.keep("l", QUESTION, failed(reason))
         is_final = reason is UndecidedReason.REFUSED
         assert (ledger.find("k") is not None) == (ledger.find("l") is not None) == is_final
         assert ledger.counts() == ({"done": 2} if is_final else {"planned": 1})
 
 
-def test_a_claimed_call_is_nobody_elses_until_it_ends(tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_claimed_call_is_nobody_elses_until_it_ends(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as one, Ledger(tmp_path / "ledger.sqlite") as other:
-        assert one.claim("k", QUESTION) is Claim.MINE
-        assert other.claim("k", QUESTION) is Claim.THEIRS
-        one.release("k", "interrupted")
-        assert other.claim("k", QUESTION) is Claim.MINE
-        one.settle("k", YES)
+        assert await one.claim("k", QUESTION) is Claim.MINE
+        assert await other.claim("k", QUESTION) is Claim.THEIRS
+        await one.release("k", "interrupted")
+        assert await other.claim("k", QUESTION) is Claim.MINE
+        await one.settle("k", YES)
         assert one.find("k") is None, "a reply from one who lost the claim must not end another's call"
-        other.settle("k", YES)
+        await other.settle("k", YES)
         assert one.find("k") == YES
 
 
-def test_a_claim_ends_with_its_owner(tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_claim_ends_with_its_owner(tmp_path: Path) -> None:
     crashed = Ledger(tmp_path / "ledger.sqlite")
-    crashed.claim("k", QUESTION)
+    await crashed.claim("k", QUESTION)
     crashed.close()
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger.counts() == {"in_flight": 1}
-        assert ledger.claim("k", QUESTION) is Claim.MINE
+        assert await ledger.claim("k", QUESTION) is Claim.MINE
 
 
 def test_free_replies_are_written_together_and_read_at_once(tmp_path: Path) -> None:
@@ -107,27 +128,30 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Ledger(tmp_path / "file" / "ledger.sqlite")
 
 
-def test_an_unfinished_transaction_leaves_nothing(tmp_path: Path) -> None:
+@in_a_loop
+async def test_an_unfinished_transaction_leaves_nothing(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         with pytest.raises(TypeError):
-            ledger.claim("k", {"not json": object()})
+            await ledger.claim("k", {"not json": object()})
         assert ledger.counts() == {}
-        assert ledger.claim("k", QUESTION) is Claim.MINE
+        assert await ledger.claim("k", QUESTION) is Claim.MINE
 
 
 # ------------------------------------------------------------------------------------- processes that share a ledger
 
 _WRITER = """
-import sys
+import asyncio, sys
 from judges.ledger import Claim, Ledger
 from tests.judges.test_ledger import QUESTION, YES
-with Ledger(sys.argv[1]) as ledger:
+async def main():
     for number in range(300):
-        claim = ledger.claim(f"shared-{number}", QUESTION)
+        claim = await ledger.claim(f"shared-{number}", QUESTION)
         if claim is Claim.MINE:
-            ledger.settle(f"shared-{number}", YES)
+            await ledger.settle(f"shared-{number}", YES)
             print(number)
         ledger.keep(f"{sys.argv[2]}-{number}", QUESTION, YES)
+with Ledger(sys.argv[1]) as ledger:
+    asyncio.run(main())
 """
 
 
