@@ -30,6 +30,7 @@ from dpo_loop.config import (
     TrainingConfig,
 )
 from dpo_loop.errors import ConfigError
+from judges.budget import BudgetConfig
 from judges.config import GradingConfig, Judge
 
 WORLD_PREFIX = "world:"
@@ -48,6 +49,7 @@ class RunConfig(Settings):
             "stage_python",
             "review_timeout_s",
             "start",
+            "budget",
         }
     )
     run_id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)
@@ -59,6 +61,7 @@ class RunConfig(Settings):
     prompts: PromptsConfig
     generation: GenerationConfig
     judge: Judge
+    budget: BudgetConfig = BudgetConfig()
     pairing: PairingConfig = PairingConfig()
     training: TrainingConfig
     answering: AnswerConfig = AnswerConfig()
@@ -239,7 +242,12 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         }
     )
     return config.model_copy(
-        update={"run_dir": _absolute(config.run_dir), "start": start.model_copy(update=changes), "prompts": prompts}
+        update={
+            "run_dir": _absolute(config.run_dir),
+            "start": start.model_copy(update=changes),
+            "prompts": prompts,
+            "budget": config.budget.model_copy(update={"prices": config.budget.prices and _absolute(config.budget.prices)}),
+        }
     )
 
 

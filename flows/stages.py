@@ -6,10 +6,12 @@ from dpo_loop.artifacts import Stage
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import SEED_VERSION, TRAIN_VERSION
 from dpo_loop.layout import RunDir
+from judges.budget import Accounts
 
 
-def stage_of(run: RunDir, name: str, *, invalid: bool) -> Stage:
-    """Raises InputError for a name that is none. invalid: the gate of a round that cannot be judged."""
+def stage_of(run: RunDir, name: str, *, invalid: bool, accounts: Accounts | None = None) -> Stage:
+    """Raises InputError for a name that is none. invalid: the gate of a round that cannot be judged. accounts: of the round's
+    judging; left out, there is no cap, as for a look at the stage's version."""
     match name:
         case "world":
             from dpo_loop.quickstart.stage import WORLD
@@ -34,7 +36,7 @@ def stage_of(run: RunDir, name: str, *, invalid: bool) -> Stage:
         case "judge":
             from judges.stage import judge_stage
 
-            return judge_stage(run.ledger)
+            return judge_stage(accounts or Accounts(run.ledger))
         case "pair":
             from dpo_loop.pairing.stage import PAIR
 
@@ -50,7 +52,7 @@ def stage_of(run: RunDir, name: str, *, invalid: bool) -> Stage:
         case "grade":
             from judges.grading import grade_stage
 
-            return grade_stage(run.ledger)
+            return grade_stage(accounts or Accounts(run.ledger))
         case "gate":
             from dpo_loop.evaluation.stage import GATE, GATE_INVALID
 

@@ -20,6 +20,7 @@ from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
 from flows.failures import class_of, read_failure, record_failure
 from flows.stages import stage_of, version_of
+from judges.budget import Accounts
 
 # --------------------------------------------------------------------------------------------------------- which stages
 
@@ -71,7 +72,8 @@ def plan(run: RunDir, round_number: int, name: str) -> tuple[Stage, dict[str, An
     config = read_run_config(run)
     _check_exists(run, round_number, name)
     invalid = invalid_reasons(run, round_number) if name == "gate" else ()
-    return stage_of(run, name, invalid=bool(invalid)), _inputs(run, round_number, name, config, invalid)
+    accounts = Accounts(run.ledger, config.budget, round_number)
+    return stage_of(run, name, invalid=bool(invalid), accounts=accounts), _inputs(run, round_number, name, config, invalid)
 
 
 def is_current(run: RunDir, round_number: int, name: str) -> bool:

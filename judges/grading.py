@@ -35,6 +35,7 @@ from dpo_loop.types import (
     VerdictKind,
 )
 from judges.asker import Candidate
+from judges.budget import Accounts
 from judges.config import GradingConfig, Judge
 from judges.graders import Grader, safety_grader, task_grader
 from judges.jury import Jury, open_jury
@@ -59,8 +60,8 @@ Answers = Mapping[str, Answer]
 """By prompt id."""
 
 
-def grade_stage(ledger: Path) -> Stage:
-    """The stage bound to a run's ledger."""
+def grade_stage(accounts: Accounts) -> Stage:
+    """The stage bound to a run's ledger and budget."""
 
     def run(
         out: Path,
@@ -80,7 +81,7 @@ def grade_stage(ledger: Path) -> Stage:
         rows = grade_all(asked, answers, absent, grading)
         write_jsonl(out / GRADES, rows)
         win_judge = grading.win_judge or judge
-        comparisons, ballots, metrics = asyncio.run(_compare(asked, answers, win_judge, ledger))
+        comparisons, ballots, metrics = asyncio.run(_compare(asked, answers, win_judge, accounts))
         write_jsonl(out / COMPARISONS, comparisons)
         write_jsonl(out / BALLOTS, unique(ballots))
         return StageOutcome(tallies=tallies(rows, comparisons), metrics=metrics)
@@ -149,12 +150,12 @@ def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Gr
 
 
 async def _compare(
-    prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], judge: Judge, ledger: Path
+    prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers], judge: Judge, accounts: Accounts
 ) -> tuple[list[Comparison], list[Ballot], dict[str, Any]]:
     references: list[Reference] = [name for name in ("previous", "anchor") if name in answers]
     if not references:
         return [], [], {}
-    async with open_jury(judge, ledger) as jury:
+    async with open_jury(judge, accounts) as jury:
         comparisons, ballots = await compare_all(jury, prompts, answers, references)
         return comparisons, ballots, jury.figures()
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_loop.types import Ballot, Prompt, Verdict
 from judges.asker import Asker, Candidate
 from judges.backend import open_backend
+from judges.budget import Accounts, Purse
 from judges.config import Judge
 from judges.ledger import Ledger
 
@@ -56,11 +56,12 @@ class Jury(Protocol):
 
 
 @asynccontextmanager
-async def open_jury(config: Judge, ledger: Path) -> AsyncIterator[Jury]:
+async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
     """Raises InputError if a judge cannot be opened: no such function, no key in the environment."""
-    backend = open_backend(config)
-    try:
-        with Ledger(ledger) as book:
-            yield Asker(backend, book)
-    finally:
-        await backend.aclose()
+    with Ledger(accounts.ledger) as ledger:
+        await Purse.open(ledger, accounts)
+        backend = open_backend(config)
+        try:
+            yield Asker(backend, ledger)
+        finally:
+            await backend.aclose()

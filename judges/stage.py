@@ -23,6 +23,7 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.progress import say
 from dpo_loop.types import Ballot, Decided, FinishReason, Prompt, PromptJudgement, StageOutcome, Tally, VerdictKind, content_id
 from judges.asker import Candidate
+from judges.budget import Accounts
 from judges.config import Judge
 from judges.jury import Jury, open_jury
 from judges.knockout import best_and_worst
@@ -43,19 +44,19 @@ class Judged:
     """The ballots of the knockout."""
 
 
-def judge_stage(ledger: Path) -> Stage:
-    """The stage bound to a run's ledger, which changes what is paid and not what is published."""
+def judge_stage(accounts: Accounts) -> Stage:
+    """The stage bound to a run's ledger and budget, which change what is paid and not what is published."""
 
     def run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int) -> StageOutcome:
-        return asyncio.run(_run(out, prompts=prompts, completions=completions, judge=judge, seed=seed, ledger=ledger))
+        return asyncio.run(_run(out, prompts=prompts, completions=completions, judge=judge, seed=seed, accounts=accounts))
 
     return Stage(name="judge", version=VERSION, run=run)
 
 
-async def _run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int, ledger: Path) -> StageOutcome:
+async def _run(out: Path, *, prompts: Path, completions: Path, judge: Judge, seed: int, accounts: Accounts) -> StageOutcome:
     asked = list(read_prompts(prompts))
     candidates = _candidates(completions, asked)
-    async with open_jury(judge, ledger) as jury:
+    async with open_jury(judge, accounts) as jury:
         judged = await judge_prompts(jury, asked, candidates, seed=seed)
         calls = jury.figures()
     write_jsonl(out / JUDGEMENTS, (item.judgement for item in judged))

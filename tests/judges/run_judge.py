@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 from dpo_loop.artifacts import materialize
+from judges.budget import Accounts
 from judges.config import OpenAIJudge
 from judges.stage import judge_stage
 
 if __name__ == "__main__":
     run = Path(sys.argv[1])
     materialize(
-        judge_stage(run / "ledger.sqlite"),
+        judge_stage(Accounts(run / "ledger.sqlite")),
         run / "judge",
         prompts=run / "prompts",
         completions=run / "generate",

@@ -9,6 +9,7 @@ from dpo_loop.errors import CorruptArtifactError, InputError
 from dpo_loop.exchange import DROPPED, PROMPT_TOO_LONG, read_ballots, read_comparisons, read_grades
 from dpo_loop.files import write_jsonl
 from dpo_loop.types import Grade, Prompt, Side, VerdictKind
+from judges.budget import Accounts
 from judges.config import GradingConfig, RefusalHeuristic, VerifierGrader, VerifierJudge
 from judges.graders import refusal_heuristic, safety_grader, task_grader
 from judges.grading import grade_stage
@@ -38,7 +39,7 @@ def grade(run: Path, answers: dict[str, list[str] | None], grading: GradingConfi
         given[policy] = texts and write_answers(
             run / policy, [(p, [text]) for p, text in zip(EVALSET, texts, strict=False)], policy=policy
         )  # type: ignore[assignment]
-    stage = grade_stage(run / "ledger.sqlite")
+    stage = grade_stage(Accounts(run / "ledger.sqlite"))
     materialize(stage, run / "grade", prompts=run / "evalset", grading=grading, judge=judge, seed=0, **given)
     return run / "grade"
 
@@ -83,7 +84,7 @@ def test_why_there_is_no_answer_comes_with_the_row(tmp_path: Path) -> None:
     write_answers(tmp_path / "candidate", [(prompt, ["yes"]) for prompt in EVALSET[:4]])
     write_jsonl(tmp_path / "candidate" / DROPPED, [{"prompt_id": EVALSET[4].id, "reason": PROMPT_TOO_LONG}])
     given = {"prompts": tmp_path / "evalset", "candidate": tmp_path / "candidate", "previous": None, "anchor": None}
-    stage = grade_stage(tmp_path / "ledger.sqlite")
+    stage = grade_stage(Accounts(tmp_path / "ledger.sqlite"))
     materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, seed=0, **given)
     assert [row.no_answer for row in read_grades(tmp_path / "grade")] == ["", "", "", "", PROMPT_TOO_LONG, "missing"]
 
@@ -135,7 +136,7 @@ def test_a_biased_or_refusing_win_judge_gives_no_wins(tmp_path: Path, stub: Stub
 def test_an_evaluation_with_two_answers_to_a_prompt_is_refused(tmp_path: Path) -> None:
     write_prompts(tmp_path / "evalset", EVALSET)
     write_answers(tmp_path / "candidate", [(TASKS[0], ["one", "two"])])
-    stage = grade_stage(tmp_path / "ledger.sqlite")
+    stage = grade_stage(Accounts(tmp_path / "ledger.sqlite"))
     given = {"prompts": tmp_path / "evalset", "candidate": tmp_path / "candidate", "previous": None, "anchor": None}
     with pytest.raises(CorruptArtifactError, match="twice"):
         materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, seed=0, **given)

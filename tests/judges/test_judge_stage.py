@@ -19,6 +19,7 @@ from dpo_loop.pairing.stage import pair_all
 from dpo_loop.types import Decided, FinishReason, Outcome, PreferencePair, Prompt, Undecided, UndecidedReason, VerdictKind
 from judges.asker import Asker, Candidate
 from judges.backend import BackendSpec, JudgeRequest, Reply
+from judges.budget import Accounts
 from judges.config import VerifierJudge
 from judges.ledger import Ledger
 from judges.stage import Judged, figures, judge_prompts, judge_stage, tally
@@ -126,7 +127,7 @@ def test_of_equal_answers_one_that_ended_by_itself_is_judged(tmp_path: Path) -> 
     write_jsonl(tmp_path / "generate" / completions_file(0), rows)
     inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
     judge = VerifierJudge(kind="verifier", function=VERIFIER)
-    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge, **inputs)
+    materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "judge", judge=judge, **inputs)
     (judgement,) = read_judgements(tmp_path / "judge")
     assert (judgement.best_id, judgement.worst_id) == (rows[2].id, rows[1].id)
 
@@ -169,7 +170,7 @@ def test_tasks_that_ask_the_same_at_once_share_one_call(tmp_path: Path) -> None:
 
 
 def run_stage(run: Path, judge: object, *, out: str = "judge", seed: int = 0) -> Path:
-    stage = judge_stage(run / "ledger.sqlite")
+    stage = judge_stage(Accounts(run / "ledger.sqlite"))
     materialize(stage, run / out, prompts=run / "prompts", completions=run / "generate", judge=judge, seed=seed)
     return run / out
 

@@ -20,6 +20,7 @@ from dpo_loop.errors import CorruptArtifactError, InputError, StorageError
 from dpo_loop.exchange import JUDGEMENTS
 from dpo_loop.types import Decided, Undecided, UndecidedReason
 from judges.backend import Reply
+from judges.budget import Accounts
 from judges.ledger import Claim, Ledger
 from judges.stage import judge_stage
 from tests.judges.stub import Stub, says
@@ -197,7 +198,7 @@ def test_a_killed_judge_asks_no_finished_call_again(tmp_path: Path, stub: Stub) 
 
     whole = tmp_path / "uninterrupted"
     materialize(
-        judge_stage(whole / "ledger.sqlite"),
+        judge_stage(Accounts(whole / "ledger.sqlite")),
         whole / "judge",
         prompts=tmp_path / "prompts",
         completions=tmp_path / "generate",

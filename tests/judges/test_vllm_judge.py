@@ -19,6 +19,7 @@ from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import JudgeError
 from dpo_loop.exchange import read_ballots, read_judgements
 from dpo_loop.types import Decided
+from judges.budget import Accounts
 from judges.config import OpenAIJudge
 from judges.stage import judge_stage
 from tests.builders import build_model
@@ -93,7 +94,7 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
     write_answers(tmp_path / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
     inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
     judge = judge_at(server, temperature=1.0, deadline_s=300.0, attempt_timeout_s=150.0)
-    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge, **inputs)
+    materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "judge", judge=judge, **inputs)
     ballots = list(read_ballots(tmp_path / "judge"))
     assert len(ballots) == 4
     decided = [ballot for ballot in ballots if isinstance(ballot.outcome, Decided)]
@@ -103,7 +104,7 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
     assert all(ballot.usage.input_tokens > 100 and ballot.usage.output_tokens > 5 for ballot in ballots)
     assert [judgement.verdict is not None for judgement in read_judgements(tmp_path / "judge")] == [True] * 2
 
-    materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "again", judge=judge, **inputs)
+    materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "again", judge=judge, **inputs)
     manifest = read_manifest(tmp_path / "again")
     assert manifest is not None
     assert manifest.outcome.metrics["calls_asked"] == 0
@@ -116,4 +117,6 @@ def test_a_real_server_says_in_its_own_words_what_is_wrong(server: str, tmp_path
     for key, model, words in (("wrong-key", "tiny", f"401.*{KEY_ENV}"), ("local-key", "huge", "404.*`huge` does not exist")):
         monkeypatch.setenv(KEY_ENV, key)
         with pytest.raises(JudgeError, match=words):
-            materialize(judge_stage(tmp_path / "ledger.sqlite"), tmp_path / "judge", judge=judge_at(server, model=model), **inputs)
+            materialize(
+                judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "judge", judge=judge_at(server, model=model), **inputs
+            )
