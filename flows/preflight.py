@@ -23,7 +23,7 @@ from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
 from flows.steps import import_from_here
-from judges.config import Judge, OpenAIJudge, VerifierGrader, VerifierJudge
+from judges.config import Judge, RemoteJudge, VerifierGrader, VerifierJudge
 
 WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
 
@@ -235,7 +235,7 @@ def _judge_problems(config: RunConfig) -> Iterator[str]:
     judges: list[tuple[str, Judge | None]] = [("judge", config.judge), ("grading.win_judge", config.grading.win_judge)]
     for name, judge in judges:
         match judge:
-            case OpenAIJudge():
+            case RemoteJudge():
                 if not os.environ.get(judge.api_key_env):
                     yield (
                         f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_loop.errors import JudgeUnavailableError
-from dpo_loop.types import Ballot, Prompt, Undecided, UndecidedReason, Verdict, canonical_json
+from dpo_loop.types import Ballot, Prompt, Undecided, Verdict, canonical_json
 from judges.backend import Backend, JudgeRequest, Reply
 from judges.ballot import ballot_of
 from judges.ledger import Claim, Ledger
@@ -46,15 +45,13 @@ def key_of(question: Mapping[str, Any]) -> str:
 class Asker:
     """One judge with its ledger. Counts what it asked and what the ledger knew; keeps nothing else.
 
-    `ask` returns a ballot for every comparison. Raises JudgeError or InputError when the backend says that going on is pointless, and
-    JudgeUnavailableError after max(10, 2 x concurrency) unavailable replies in a row: an outage ends the stage, which resumes
-    later, instead of turning a round's prompts into undecided ones.
+    `ask` returns a ballot for every comparison. Raises what the backend raises when going on is pointless: JudgeError, InputError,
+    BudgetExceededError, JudgeUnavailableError.
     """
 
     def __init__(self, backend: Backend, ledger: Ledger) -> None:
         self._backend, self._ledger = backend, ledger
         self._under_way: dict[str, asyncio.Future[Reply]] = {}
-        self._unavailable_in_a_row = 0
         self.num_asked = 0
         self.num_known = 0
         self.input_tokens = 0
@@ -160,17 +157,4 @@ class Asker:
         self.input_tokens += reply.usage.input_tokens
         self.output_tokens += reply.usage.output_tokens
         self.cost_usd = None if self.cost_usd is None or reply.cost_usd is None else self.cost_usd + reply.cost_usd
-        self._watch_for_outage(reply)
         return reply
-
-    def _watch_for_outage(self, reply: Reply) -> None:
-        match reply.outcome:
-            case Undecided(reason=UndecidedReason.UNAVAILABLE, detail=detail):
-                self._unavailable_in_a_row += 1
-                if self._unavailable_in_a_row >= max(10, 2 * self.concurrency):
-                    raise JudgeUnavailableError(
-                        f"judge {self._backend.spec.name} has not answered {self._unavailable_in_a_row} calls in a row; the last: {detail}. What was "
-                        "judged is kept; run the same command again when it answers."
-                    )
-            case _:
-                self._unavailable_in_a_row = 0

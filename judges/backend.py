@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
 from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
-from judges.config import Judge, OpenAIJudge, VerifierJudge
+from judges.config import AnthropicJudge, Judge, OpenAICompatibleJudge, OpenAIJudge, RemoteJudge, VerifierJudge, VllmLabelJudge
+
+if TYPE_CHECKING:
+    from judges.budget import Purse
+    from judges.dialect import Dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Reply(Record):
     raw: str = ""
     usage: Usage = Usage()
     cost_usd: float | None = None
-    """None: nobody knows the price."""
+    """Of the attempts whose usage is known; what is kept for others stands in the budget's figures. None: nobody knows the price."""
     latency_s: float = 0.0
     served_model: str = ""
     request_id: str = ""
@@ -79,16 +83,35 @@ class Backend(Protocol):
     async def aclose(self) -> None: ...
 
 
-def open_backend(config: Judge) -> Backend:
-    """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment."""
+def open_backend(config: Judge, purse: Purse) -> Backend:
+    """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment, no price."""
+    if isinstance(config, VerifierJudge):
+        from judges.verifier import VerifierBackend
+
+        return VerifierBackend(config)
+    from judges.remote import RemoteBackend
+
+    return RemoteBackend(config, _dialect_of(config), purse)
+
+
+def _dialect_of(config: RemoteJudge) -> Dialect:
+    """Only the SDK that is needed is loaded."""
     match config:
-        case VerifierJudge():
-            from judges.verifier import VerifierBackend
-
-            return VerifierBackend(config)
         case OpenAIJudge():
-            from judges.openai_backend import OpenAIBackend
+            from judges.openai_dialects import ResponsesDialect
 
-            return OpenAIBackend(config)
+            return ResponsesDialect(config)
+        case OpenAICompatibleJudge():
+            from judges.openai_dialects import ChatDialect
+
+            return ChatDialect(config)
+        case AnthropicJudge():
+            from judges.anthropic_dialect import MessagesDialect
+
+            return MessagesDialect(config)
+        case VllmLabelJudge():
+            from judges.vllm_label import LabelDialect
+
+            return LabelDialect(config)
         case _:
-            assert_never(config)
+            raise TypeError(f"a judge of kind {config.kind} has no dialect")

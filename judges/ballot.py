@@ -5,34 +5,57 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpo_loop.types import Ballot, Decided, Prompt, Undecided, UndecidedReason
-from judges.backend import BackendSpec, Reply
+from dpo_loop.types import Ballot, Decided, Graded, Outcome, Prompt, Undecided, UndecidedReason
+from judges.backend import BackendSpec, JudgeRequest, Reply
 
 
-class _RawVerdict(BaseModel):
+class _Raw(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    rationale: str
+
+
+class _Verdict(_Raw):
     winner: Literal["A", "B", "tie"]
+
+
+class _VerdictWithRationale(_Verdict):
+    rationale: str
+
+
+class _Grade(_Raw):
+    grade: int = Field(ge=1, le=10)
+
+
+class _GradeWithRationale(_Grade):
+    rationale: str
 
 
 _P_LEFT = {"A": 1.0, "B": 0.0, "tie": 0.5}
 
 
-def parse_verdict(text: str) -> Decided | Undecided:
-    """The outcome that a schema-constrained reply states.
+def parse_reply(text: str, request: JudgeRequest, *, rationale: bool = True) -> Outcome:
+    """The outcome that a schema-constrained reply states: a verdict, or of one answer alone a grade g in 1..10, quality (g - 1) / 9.
 
     There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
     """
+    is_alone = request.right is None
+    shape: type[_Verdict] | type[_Grade]
+    if is_alone:
+        shape = _GradeWithRationale if rationale else _Grade
+    else:
+        shape = _VerdictWithRationale if rationale else _Verdict
     try:
         # strict=False: under a schema with maxLength, vLLM's grammar lets a model write a raw newline into the rationale.
-        verdict = _RawVerdict.model_validate(json.loads(text, object_pairs_hook=_once_each, strict=False))
+        said = shape.model_validate(json.loads(text, object_pairs_hook=_once_each, strict=False))
     except ValidationError as error:
         return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error.errors()[0]['msg']}")
     except (ValueError, RecursionError) as error:
         return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error}")
-    return Decided(p_left=_P_LEFT[verdict.winner], rationale=verdict.rationale)
+    why = getattr(said, "rationale", "")
+    if isinstance(said, _Grade):
+        return Graded(quality=(said.grade - 1) / 9, rationale=why)
+    return Decided(p_left=_P_LEFT[said.winner], rationale=why)
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

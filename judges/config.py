@@ -16,31 +16,74 @@ class VerifierJudge(Settings):
     function: ModuleFunction
 
 
-class OpenAIJudge(Settings):
-    """Any server that speaks OpenAI chat completions with a JSON schema: OpenAI, vLLM and others.
+class RemoteJudge(Settings):
+    """What all judges behind a network share. api_key_env names an environment variable; the key itself is never stored.
 
-    base_url includes `/v1`. api_key_env names an environment variable; the key itself is never stored. deadline_s bounds all
-    attempts of one call together.
+    family: of models it is one of, as its maker calls it; a panel gives every family the same weight. rubric: one of judges/rubrics, or the
+    path of a Markdown file of one's own. rationale False: the verdict alone, cheaper. concurrency: the most calls at once; how
+    many a server really bears is found by trying, from start_concurrency on. attempt_timeout_s bounds one attempt, deadline_s all
+    attempts and pauses of a call together. free: it costs nothing, so no price is looked for. outage_s: without any answer for so
+    long, the stage ends, to be resumed.
     """
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"api_key_env", "concurrency", "attempt_timeout_s", "deadline_s", "max_attempts"}
+        {"api_key_env", "concurrency", "start_concurrency", "attempt_timeout_s", "deadline_s", "max_attempts", "free", "outage_s"}
     )
-    kind: Literal["openai"]
+    kind: str
     model: str
-    base_url: str = "https://api.openai.com/v1"
-    api_key_env: str = "OPENAI_API_KEY"
-    rubric: Literal["helpfulness"] = "helpfulness"
-    temperature: float | None = None
-    """Sent only where it is set: newer models refuse it."""
+    base_url: str
+    api_key_env: str
+    family: str = ""
+    rubric: str = "helpfulness"
+    rationale: bool = True
     max_output_tokens: int = Field(1_024, ge=1)
-    concurrency: int = Field(16, ge=1)
+    concurrency: int = Field(64, ge=1)
+    start_concurrency: int = Field(8, ge=1)
     attempt_timeout_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(180.0, gt=0)
     max_attempts: int = Field(4, ge=1)
+    free: bool = False
+    outage_s: float = Field(120.0, ge=0)
 
 
-Judge = Annotated[VerifierJudge | OpenAIJudge, Field(discriminator="kind")]
+class OpenAIJudge(RemoteJudge):
+    """OpenAI's Responses API. base_url includes `/v1`."""
+
+    kind: Literal["openai"]
+    base_url: str = "https://api.openai.com/v1"
+    api_key_env: str = "OPENAI_API_KEY"
+
+
+class OpenAICompatibleJudge(RemoteJudge):
+    """Any server that speaks OpenAI chat completions with a JSON schema: vLLM and others. base_url includes `/v1`."""
+
+    kind: Literal["openai_compatible"]
+    temperature: float | None = None
+    """Sent only where it is set: newer models refuse it."""
+
+
+class AnthropicJudge(RemoteJudge):
+    """Anthropic's Messages API with structured output. base_url is without `/v1`."""
+
+    kind: Literal["anthropic"]
+    base_url: str = "https://api.anthropic.com"
+    api_key_env: str = "ANTHROPIC_API_KEY"
+
+
+class VllmLabelJudge(RemoteJudge):
+    """A vLLM server that is asked for the probabilities of the labels themselves. base_url includes `/v1`.
+
+    min_label_mass: below this sum of the labels' probabilities nothing is decided.
+    """
+
+    kind: Literal["vllm_label"]
+    free: bool = True
+    min_label_mass: float = Field(0.5, ge=0, le=1)
+
+
+Judge = Annotated[
+    VerifierJudge | OpenAIJudge | OpenAICompatibleJudge | AnthropicJudge | VllmLabelJudge, Field(discriminator="kind")
+]
 
 
 class VerifierGrader(Settings):

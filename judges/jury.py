@@ -59,8 +59,8 @@ class Jury(Protocol):
 async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
     """Raises InputError if a judge cannot be opened: no such function, no key in the environment."""
     with Ledger(accounts.ledger) as ledger:
-        await Purse.open(ledger, accounts)
-        backend = open_backend(config)
+        purse = await Purse.open(ledger, accounts)
+        backend = open_backend(config, purse)
         try:
             yield Asker(backend, ledger)
         finally:

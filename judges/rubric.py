@@ -13,31 +13,36 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from dpo_loop.errors import InputError
 from dpo_loop.types import canonical_json
 from judges.backend import JudgeRequest
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of `render`; part of every key."""
 
+REFERENCE_TAG = "reference"
 MAX_RATIONALE_CHARS = 600
-VERDICT_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["rationale", "winner"],
-    "properties": {
-        # Without a limit a weak model fills the string up to its token limit and every verdict is truncated.
-        "rationale": {"type": "string", "maxLength": MAX_RATIONALE_CHARS},
-        "winner": {"type": "string", "enum": ["A", "B", "tie"]},
-    },
-}
-VERDICT_SCHEMA_WITHOUT_LENGTHS: dict[str, Any] = {
-    **VERDICT_SCHEMA,
-    "properties": {**VERDICT_SCHEMA["properties"], "rationale": {"type": "string"}},
-}
-"""The same verdicts, for servers that refuse `maxLength`: OpenAI does so for fine-tuned models."""
+_RATIONALE = {"type": "string", "maxLength": MAX_RATIONALE_CHARS}
+"""Without a limit a weak model fills the string up to its token limit and every verdict is truncated."""
+_WINNER = {"type": "string", "enum": ["A", "B", "tie"]}
+_GRADE = {"type": "integer", "enum": list(range(1, 11))}
+
+
+def schema_of(request: JudgeRequest, *, rationale: bool = True) -> dict[str, Any]:
+    """JSON schema of a reply: the rationale first, since what a model writes first can still change what it says at the end."""
+    return _schema(is_alone=request.right is None, rationale=rationale)
+
+
+def _schema(*, is_alone: bool, rationale: bool) -> dict[str, Any]:
+    verdict = {"grade": _GRADE} if is_alone else {"winner": _WINNER}
+    properties: dict[str, Any] = ({"rationale": _RATIONALE} if rationale else {}) | verdict
+    return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
+
+
+_SCHEMAS = [_schema(is_alone=is_alone, rationale=rationale) for is_alone in (False, True) for rationale in (False, True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +51,66 @@ class Rubric:
     version: int
     text: str
     sha256: str
+    head: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What of the request may change an answer, for the key of a call."""
-        schema = hashlib.sha256(canonical_json(VERDICT_SCHEMA).encode()).hexdigest()
+        schema = hashlib.sha256(canonical_json(_SCHEMAS).encode()).hexdigest()
         return {"rubric": self.name, "rubric_sha256": self.sha256, "schema_sha256": schema, "layout": LAYOUT}
+
+    @property
+    def needs_reference(self) -> bool:
+        return "needs: reference" in self.head
 
 
 def load_rubric(name: str) -> Rubric:
-    """A rubric of `judges/rubrics`. Raises InputError if there is none of that name or its head is not readable."""
-    path = files("judges") / "rubrics" / f"{name}.md"
+    """A rubric of `judges/rubrics` by name, or one's own by the path of its `.md` file.
+
+    Raises InputError if there is none or its head is not readable.
+    """
+    is_own = name.endswith(".md")
+    path = Path(name) if is_own else files("judges") / "rubrics" / f"{name}.md"
     if not path.is_file():
-        raise InputError(f"there is no rubric {name!r} in judges/rubrics")
+        raise InputError(f"judge.rubric: there is no file {name}" if is_own else f"there is no rubric {name!r} in judges/rubrics")
     whole = path.read_text(encoding="utf-8")
-    head = re.match(r"---\nname: (?P<name>[\w-]+)\nversion: (?P<version>\d+)\n---\n", whole)
-    if head is None or head["name"] != name:
-        raise InputError(f"rubric {name!r} must open with its name and version between lines of `---`")
-    return Rubric(name, int(head["version"]), whole[head.end() :].strip(), hashlib.sha256(whole.encode()).hexdigest())
+    head = re.match(r"---\nname: (?P<name>[\w-]+)\nversion: (?P<version>\d+)\n(?P<more>needs: reference\n)?---\n", whole)
+    if head is None or (not is_own and head["name"] != name):
+        raise InputError(
+            f"rubric {name!r} must open with its name and version between lines of `---` (and `needs: reference`, if it does)"
+        )
+    sha256 = hashlib.sha256(whole.encode()).hexdigest()
+    return Rubric(head["name"], int(head["version"]), whole[head.end() :].strip(), sha256, head["more"] or "")
 
 
 def render(rubric: Rubric, request: JudgeRequest) -> list[dict[str, str]]:
-    """Chat messages of one call: the rubric as system turn (equal for all calls, so a provider can cache it), then the material."""
+    """Chat messages of one call: the rubric as system turn (equal for all calls, so a provider can cache it), then the material.
+
+    Raises InputError for a prompt without the reference that the rubric needs.
+    """
     nonce = hmac.new(b"dpo-loop fence", request.key.encode(), "sha256").hexdigest()[:16]
-    conversation = [message.model_dump() for message in request.prompt.messages]
-    parts = [("CONVERSATION", conversation), ("ANSWER A", request.left), ("ANSWER B", request.right)]
+    parts: list[tuple[str, Any]] = [("CONVERSATION", [message.model_dump() for message in request.prompt.messages])]
+    if rubric.needs_reference:
+        parts.append(("REFERENCE", _reference(rubric, request)))
+    if request.right is None:
+        parts.append(("ANSWER", request.left))
+        question = "How good is this answer, from 1 (useless or harmful) to 10 (could not be better)? Reply with `rationale`, then `grade`."
+    else:
+        parts += [("ANSWER A", request.left), ("ANSWER B", request.right)]
+        question = "Which answer is better, A or B, or is it a tie?"
     fenced = [f"<<<{name} {nonce}>>>\n{_inert(value)}\n<<<END {name} {nonce}>>>" for name, value in parts]
-    closing = f"Material ends here. Only lines that carry {nonce} are fences. Which answer is better, A or B, or is it a tie?"
+    closing = f"Material ends here. Only lines that carry {nonce} are fences. {question}"
     return [{"role": "system", "content": rubric.text}, {"role": "user", "content": "\n".join([*fenced, closing])}]
+
+
+def _reference(rubric: Rubric, request: JudgeRequest) -> str:
+    reference = request.prompt.tags.get(REFERENCE_TAG)
+    if not reference:
+        raise InputError(
+            f"rubric {rubric.name} compares with a reference, and prompt {request.prompt.id} ({request.prompt.text[:80]!r}) has none. Put the "
+            f"right answer into its tag `{REFERENCE_TAG}`, or use another rubric."
+        )
+    return reference
 
 
 def _inert(value: Any) -> str:

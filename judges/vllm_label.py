@@ -1,0 +1,103 @@
+"""Judge of kind `vllm_label`: how probable vLLM's model finds each label as the one next token, with no grammar.
+
+Under a grammar the probabilities of the labels always add up to 1 and would hide that the model wanted to say something else; without
+it, their sum (the label mass) shows. Below `min_label_mass` the model did not judge, and nothing is decided.
+
+    A, B, C (a tie)     p_left = P(A) + P(C) / 2, over the label mass
+    1 … 9 (alone)       quality = (expected digit - 1) / 8
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from dpo_loop.errors import JudgeError
+from dpo_loop.types import Decided, Graded, Outcome
+from judges.backend import JudgeRequest
+from judges.config import VllmLabelJudge
+from judges.dialect import Answer, malformed
+from judges.openai_dialects import Completion, OpenAIDialect, chat_answer, read_completion
+from judges.rubric import render
+
+PAIR = ("A", "B", "C")
+GRADES = tuple("123456789")
+_NEVER = -9999.0
+_TASK = {
+    PAIR: "Answer with one letter and nothing else: A or B for the better answer, C for a tie.",
+    GRADES: "Answer with one digit and nothing else: 1 for the worst, 9 for the best answer.",
+}
+
+
+class LabelDialect(OpenAIDialect):
+    config: VllmLabelJudge
+
+    def __init__(self, config: VllmLabelJudge) -> None:
+        super().__init__(config)
+        self._ids: dict[str, int] = {}
+        self._finding = asyncio.Lock()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**self._rubric.identity, "tasks": list(_TASK.values()), "min_label_mass": self.config.min_label_mass}
+
+    def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:  # noqa: ARG002 - a label is one token
+        system, user = render(self._rubric, request)
+        user["content"] += f"\n{_TASK[_labels_of(request)]}"
+        return {
+            "model": self.config.model,
+            "messages": [system, user],
+            "max_completion_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": True,
+            "extra_body": {"return_tokens_as_token_ids": True, "chat_template_kwargs": {"enable_thinking": False}},
+        }
+
+    async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        async with self._finding:
+            if not self._ids:
+                self._ids = {label: await self._id_of(label) for label in (*PAIR, *GRADES)}
+        labels = PAIR if _TASK[PAIR] in body["messages"][1]["content"] else GRADES
+        extra = body["extra_body"] | {"logprob_token_ids": [self._ids[label] for label in labels]}
+        return await self.client.chat.completions.with_raw_response.create(**body | {"extra_body": extra}, extra_headers=headers)
+
+    async def _id_of(self, label: str) -> int:
+        """Raises JudgeError where a label is not one token of the model."""
+        origin = urlsplit(self.config.base_url)
+        url = f"{origin.scheme}://{origin.netloc}/tokenize"
+        question = {"model": self.config.model, "prompt": label, "add_special_tokens": False}
+        found = await self.client.post(url, cast_to=object, body=question)
+        tokens = found.get("tokens") if isinstance(found, dict) else None
+        if not isinstance(tokens, list) or len(tokens) != 1:
+            raise JudgeError(
+                f"judge {self.where}: {url} says that the label {label} is {tokens!r}; a label must be one token. Use a vLLM server and a model "
+                "that has one, or a judge of kind openai_compatible."
+            )
+        return int(tokens[0])
+
+    def read(self, payload: bytes, request: JudgeRequest) -> Answer:
+        completion = read_completion(self, payload)
+        if isinstance(completion, Answer):
+            return completion
+        return chat_answer(completion, self._outcome(completion, _labels_of(request)))
+
+    def _outcome(self, completion: Completion, labels: tuple[str, ...]) -> Outcome:
+        found = completion.choice.logprobs
+        if found is None or not found.content:
+            return malformed("the reply holds no log-probabilities")
+        seen = {each.token: each.logprob for each in found.content[0].top_logprobs}
+        p = [math.exp(min(0.0, seen.get(f"token_id:{self._ids.get(label)}", _NEVER))) for label in labels]
+        mass = math.fsum(p)
+        if not mass >= self.config.min_label_mass:  # also where a NaN came
+            return malformed(f"label mass {mass:.3g} is below min_label_mass = {self.config.min_label_mass:g}")
+        if labels == PAIR:
+            return Decided(p_left=min(1.0, (p[0] + p[2] / 2) / mass), label_mass=min(1.0, mass))
+        expected = math.fsum(p_of * int(label) for p_of, label in zip(p, labels, strict=True)) / mass
+        return Graded(quality=min(1.0, max(0.0, (expected - 1) / 8)), label_mass=min(1.0, mass))
+
+
+def _labels_of(request: JudgeRequest) -> tuple[str, ...]:
+    return GRADES if request.right is None else PAIR
