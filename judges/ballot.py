@@ -40,11 +40,8 @@ def parse_reply(text: str, request: JudgeRequest, *, rationale: bool = True) -> 
     There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
     """
     is_alone = request.right is None
-    shape: type[_Verdict] | type[_Grade]
-    if is_alone:
-        shape = _GradeWithRationale if rationale else _Grade
-    else:
-        shape = _VerdictWithRationale if rationale else _Verdict
+    plain, with_rationale = (_Grade, _GradeWithRationale) if is_alone else (_Verdict, _VerdictWithRationale)
+    shape: type[_Verdict] | type[_Grade] = with_rationale if rationale else plain
     try:
         # strict=False: under a schema with maxLength, vLLM's grammar lets a model write a raw newline into the rationale.
         said = shape.model_validate(json.loads(text, object_pairs_hook=_once_each, strict=False))

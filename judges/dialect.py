@@ -49,13 +49,16 @@ class Billing(StrEnum):
     """Time-out, dropped connection, a 200 without usage: it may have been billed."""
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What became of one attempt. is_hopeless: asking again, in whatever way, would buy the same."""
 
     outcome: Outcome
     raw: str = ""
-    usage: Usage = Usage()
+    usage: Usage = NO_USAGE
     served_model: str = ""
     request_id: str = ""
     billing: Billing = Billing.SETTLED
@@ -116,14 +119,15 @@ class SdkDialect:
     async def send(self, body: dict[str, Any], request: JudgeRequest, *, timeout_s: float) -> Answer:
         # vLLM and others give no request id of their own; with this one a provider's log can be matched with the ledger.
         headers = {"X-Client-Request-Id": request.key}
+        with_lengths = self._lengths
         try:
             # The SDK's time-out is per read, so a server that trickles bytes would never meet it.
             async with asyncio.timeout(timeout_s):
-                response = await self.post(body if self._lengths else without_lengths(body), headers)
+                response = await self.post(body if with_lengths else without_lengths(body), headers)
         except TimeoutError:
             return Answer(unavailable(f"no reply within {timeout_s:g} s"), billing=Billing.UNKNOWN)
         except self._sdk.APIStatusError as error:
-            if error.status_code == 400 and "maxLength" in error.message and self._lengths:
+            if error.status_code == 400 and "maxLength" in error.message and with_lengths:
                 self._lengths = False  # OpenAI refuses it for fine-tuned models
                 return await self.send(body, request, timeout_s=timeout_s)
             return self.of_error(error.status_code, self._words(error), error.response.headers, error.request_id or "")
@@ -131,7 +135,7 @@ class SdkDialect:
             is_sent = type(error.__cause__).__name__ not in _NEVER_SENT
             words = self.clean(f"{error} {error.__cause__ or ''}")
             return Answer(unavailable(words), billing=Billing.UNKNOWN if is_sent else Billing.NOTHING)
-        answer = self.read(response.content, request)
+        answer = self.read(response.http_response.content, request)
         request_id = response.headers.get("x-request-id") or response.headers.get("request-id")
         return _named(answer, request_id) if request_id else answer
 
@@ -179,8 +183,10 @@ class SdkDialect:
 
     def _words(self, error: Any) -> str:
         """The provider's message, and its codes where the message does not repeat them."""
-        message = error.message.removeprefix(f"Error code: {error.status_code} - ")
-        codes = {str(code) for name in ("type", "code", "error_code") if (code := getattr(error, name, None))}
+        said = error.body.get("error", error.body) if isinstance(error.body, dict) else {}
+        said = said if isinstance(said, dict) else {}
+        message = str(said.get("message") or error.message.removeprefix(f"Error code: {error.status_code} - "))
+        codes = {str(code) for name in ("type", "code", "error_code") if (code := said.get(name))}
         missing = sorted(code for code in codes if code not in message)
         return f"{message} ({', '.join(missing)})" if missing else message
 

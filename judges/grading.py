@@ -42,7 +42,7 @@ from judges.jury import Jury, open_jury
 from judges.stage import spaced, unique
 from judges.workers import for_each
 
-VERSION = 2
+VERSION = 3
 
 Reference = Literal["previous", "anchor"]
 UNSCORED = "unscored"

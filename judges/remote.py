@@ -117,7 +117,7 @@ class RemoteBackend:
                 case UndecidedReason.UNAVAILABLE:
                     call.failures += not answer.is_rate_limit
                     if call.spent_s >= self._config.deadline_s:
-                        return self._late(call, answer, before)
+                        return self._late(answer, before)
                     if call.failures >= self._config.max_attempts:
                         return answer
                     pause = self._pause_s(call, answer)
@@ -130,9 +130,9 @@ class RemoteBackend:
                     return answer
             before = outcome.detail
             if call.spent_s >= self._config.deadline_s:
-                return self._late(call, answer, "")
+                return self._late(answer, "")
 
-    def _late(self, call: _Call, answer: Answer, before: str) -> Answer:
+    def _late(self, answer: Answer, before: str) -> Answer:
         """Of a call whose deadline has passed."""
         said = before or _detail(answer.outcome)
         return Answer(unavailable(f"no decision within deadline_s = {self._config.deadline_s:g}; before that: {said}"))

@@ -29,7 +29,7 @@ from judges.jury import Jury, open_jury
 from judges.knockout import best_and_worst
 from judges.workers import for_each
 
-VERSION = 2
+VERSION = 3
 """Also bumped when a rubric or the layout of a request changes, which the stage's inputs do not show."""
 
 NOTHING_TO_COMPARE = "nothing_to_compare"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_loop.artifacts import materialize
 from judges.budget import Accounts
-from judges.config import OpenAIJudge
+from judges.config import OpenAICompatibleJudge
 from judges.stage import judge_stage
 
 if __name__ == "__main__":
@@ -17,6 +17,6 @@ if __name__ == "__main__":
         run / "judge",
         prompts=run / "prompts",
         completions=run / "generate",
-        judge=OpenAIJudge.model_validate_json(sys.argv[2]),
+        judge=OpenAICompatibleJudge.model_validate_json(sys.argv[2]),
         seed=0,
     )

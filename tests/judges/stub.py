@@ -1,4 +1,4 @@
-"""A scripted chat-completions server on a real loopback socket: the judge's client, time-outs and retries are the real ones."""
+"""A scripted provider on a real loopback socket: the judge's client, time-outs and retries are the real ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from judges.config import OpenAIJudge
+from judges.config import OpenAICompatibleJudge
 
 KEY_ENV = "DPO_LOOP_TEST_JUDGE_KEY"
 
@@ -32,6 +32,7 @@ class Seen:
     key: str
     """The judge's id of the call."""
     authorization: str
+    path: str
     body: dict[str, Any]
     at: float
 
@@ -48,7 +49,12 @@ def chat(content: str | None, *, finish: str = "stop", refusal: str | None = Non
         "created": 1,
         "model": "judge-2026-11-01",
         "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
+        "usage": {
+            "prompt_tokens": 100,
+            "completion_tokens": 7,
+            "total_tokens": 107,
+            "prompt_tokens_details": {"cached_tokens": 40},
+        },
     }
     return Step(body=json.dumps(body).encode(), delay_s=delay_s)
 
@@ -74,11 +80,16 @@ class Stub:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def judge(self, **settings: Any) -> OpenAIJudge:
-        return OpenAIJudge(kind="openai", model="judge", base_url=self.base_url, api_key_env=KEY_ENV, **settings)
+    @property
+    def base_url(self) -> str:
+        return f"{self.origin}/v1"
+
+    def judge(self, **settings: Any) -> OpenAICompatibleJudge:
+        where = {"model": "judge", "base_url": self.base_url, "api_key_env": KEY_ENV, "free": True}
+        return OpenAICompatibleJudge(kind="openai_compatible", **(where | settings))
 
     @property
     def keys(self) -> list[str]:
@@ -120,8 +131,12 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            seen = Seen(self.headers["x-client-request-id"], self.headers["authorization"], body, time.monotonic())
-            step = stub.answer(seen)
+            if self.path == "/tokenize":
+                step = Step(body=json.dumps({"tokens": [ord(sign) for sign in body["prompt"]]}).encode())
+            else:
+                headers = self.headers
+                seen = Seen(headers["x-client-request-id"], headers["authorization"], self.path, body, time.monotonic())
+                step = stub.answer(seen)
             if step.drop:
                 # close() alone would leave the client waiting: the handler's own file objects keep the socket open.
                 self.connection.shutdown(socket.SHUT_RDWR)

@@ -245,7 +245,7 @@ def test_an_outage_ends_the_stage_and_the_next_try_goes_on_from_there(tmp_path: 
     write_answers(tmp_path / "generate", [(prompt, ["x", "y"]) for prompt in prompts])
     stub.script = [says("A") for _ in range(20)]
     stub.policy = lambda body: fails(503, "the lights are out")
-    judge = stub.judge(concurrency=4, max_attempts=1)
+    judge = stub.judge(concurrency=4, max_attempts=1, outage_s=0)
     with pytest.raises(JudgeUnavailableError, match="the lights are out"):
         run_stage(tmp_path, judge)
     assert len(stub.seen) <= 20 + 10 + 4

@@ -14,7 +14,7 @@ import pytest
 from dpo_loop.artifacts import materialize
 from dpo_loop.exchange import JUDGEMENTS
 from judges.budget import Accounts
-from judges.config import OpenAIJudge
+from judges.config import OpenAICompatibleJudge
 from judges.stage import judge_stage
 from tests.judges.stub import Stub, says
 from tests.judges.world import make_prompt, write_answers, write_prompts
@@ -23,7 +23,7 @@ NUM_KILLS = 50
 CONCURRENCY = 6
 
 
-def judge_all(world: Path, run: Path, judge: OpenAIJudge) -> None:
+def judge_all(world: Path, run: Path, judge: OpenAICompatibleJudge) -> None:
     accounts = Accounts(run / "ledger.sqlite")
     materialize(
         judge_stage(accounts), run / "judge", prompts=world / "prompts", completions=world / "generate", judge=judge, seed=0
@@ -39,7 +39,7 @@ def test_fifty_kills_pay_only_for_what_was_under_way_and_change_no_verdict(tmp_p
     judge = stub.judge(concurrency=CONCURRENCY)
     # Each child is a fresh fork of a server that has the SDK loaded: importing it fifty times would be most of the test.
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["tests.judges.test_kill", "judges.openai_backend"])
+    fork.set_forkserver_preload(["tests.judges.test_kill", "judges.openai_dialects"])
     moment = random.Random(17)
 
     cut_short: set[tuple[str, int]] = set()

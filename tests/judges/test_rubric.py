@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -75,9 +76,37 @@ def test_order_and_texts_and_rubric_are_in_the_key_and_ids_are_not() -> None:
 
 def test_a_changed_rubric_or_layout_comes_with_a_new_version_of_the_judge_stage() -> None:
     # If this fails: bump VERSION in judges/stage.py and judges/grading.py, and the rubric's own version, then pin the new values here.
-    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("8c10a920065d0e8c", 1, 1, 2)
+    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("8c10a920065d0e8c", 1, 2, 3)
 
 
 def test_an_unknown_rubric_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="kindness"):
         load_rubric("kindness")
+
+
+@pytest.mark.parametrize("name", ["helpfulness", "harmlessness", "correctness"])
+def test_every_rubric_reads_and_asks_for_one_grade_of_an_answer_alone(name: str) -> None:
+    rubric = load_rubric(name)
+    prompt = make_prompt("2 + 2?", reference="4, of course")
+    _, user = render(rubric, JudgeRequest(key="k" * 64, prompt=prompt, left="four", right=None))
+    assert "<<<ANSWER B" not in user["content"]
+    assert ("4, of course" in user["content"]) == rubric.needs_reference == (name == "correctness")
+
+
+def test_a_prompt_without_the_reference_that_the_rubric_needs_is_named() -> None:
+    with pytest.raises(InputError, match="tag `reference`"):
+        render(load_rubric("correctness"), JudgeRequest(key="k" * 64, prompt=make_prompt("2 + 2?"), left="4", right="5"))
+
+
+def test_a_rubric_of_one_s_own_is_a_file_and_its_text_is_in_the_key(tmp_path: Path) -> None:
+    own = tmp_path / "kind.md"
+    own.write_text("---\nname: kindness\nversion: 3\n---\nBe kind.\n")
+    first = load_rubric(str(own))
+    assert (first.name, first.version, first.text) == ("kindness", 3, "Be kind.")
+    own.write_text("---\nname: kindness\nversion: 3\n---\nBe kinder.\n")
+    assert load_rubric(str(own)).identity != first.identity
+    own.write_text("no head")
+    with pytest.raises(InputError, match="must open with its name"):
+        load_rubric(str(own))
+    with pytest.raises(InputError, match="there is no file"):
+        load_rubric(str(tmp_path / "none.md"))

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_loop.types import Ballot, Decided, Outcome, Undecided, UndecidedReason, VerdictKind
-from judges.ballot import parse_verdict
+from judges.backend import JudgeRequest
+from judges.ballot import parse_reply
 from judges.verdict import verdict_of
+from tests.judges.world import make_prompt
 
 probabilities = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
 decided = probabilities.map(lambda p: Decided(p_left=p))
@@ -20,6 +22,10 @@ outcomes = st.one_of(decided, undecided)
 
 def ballot(left: str, right: str, outcome: Outcome) -> Ballot:
     return Ballot(key=f"{left}{right}", prompt_id="p", left_id=left, right_id=right, outcome=outcome, judge="j")
+
+
+def parse_verdict(text: str) -> Outcome:
+    return parse_reply(text, JudgeRequest(key="k", prompt=make_prompt("Say hello"), left="hello", right="bye"))
 
 
 def flipped(outcome: Outcome) -> Outcome:
@@ -89,6 +95,7 @@ def test_any_text_is_an_outcome_and_only_whole_verdicts_decide(text: str) -> Non
     if isinstance(outcome, Decided):
         assert set(json.loads(text, strict=False)) == {"rationale", "winner"}
     else:
+        assert isinstance(outcome, Undecided)
         assert outcome.reason is UndecidedReason.MALFORMED
 
 

@@ -9,13 +9,14 @@ import pytest
 
 from dpo_loop.errors import InputError
 from dpo_loop.types import Decided, Undecided
-from judges.backend import JudgeRequest, Reply, open_backend
+from judges.backend import JudgeRequest, Reply
 from judges.config import VerifierJudge
+from judges.verifier import VerifierBackend
 from tests.judges.world import make_prompt
 
 
 def ask(function: str, left: str, right: str) -> Reply:
-    backend = open_backend(VerifierJudge(kind="verifier", function=f"tests.judges.world:{function}"))
+    backend = VerifierBackend(VerifierJudge(kind="verifier", function=f"tests.judges.world:{function}"))
     return asyncio.run(backend.ask(JudgeRequest(key="k", prompt=make_prompt("say a"), left=left, right=right)))
 
 
@@ -39,7 +40,7 @@ def test_a_verifier_that_cannot_tell_gives_no_label() -> None:
 )
 def test_a_verifier_that_cannot_be_loaded_is_named(function: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        open_backend(VerifierJudge(kind="verifier", function=function))
+        VerifierBackend(VerifierJudge(kind="verifier", function=function))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,6 @@ def test_an_edited_verifier_is_another_judge(tmp_path: Path, monkeypatch: pytest
     for number in (1, 2):
         (tmp_path / "edited.py").write_text(f"def score(prompt, text):\n    return {number} / 2\n")
         importlib.invalidate_caches()
-        identities.append(open_backend(VerifierJudge(kind="verifier", function="edited:score")).spec.identity)
+        identities.append(VerifierBackend(VerifierJudge(kind="verifier", function="edited:score")).spec.identity)
         monkeypatch.delitem(sys.modules, "edited")
     assert identities[0] != identities[1]

@@ -1,4 +1,4 @@
-"""The `openai` judge against a real vLLM server with a random model: the grammar makes its verdicts valid, nothing makes them wise."""
+"""Three kinds of judge against one real vLLM server with a random model: the grammar makes its verdicts valid, nothing makes them wise."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import pytest
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import JudgeError
 from dpo_loop.exchange import read_ballots, read_judgements
-from dpo_loop.types import Decided
+from dpo_loop.types import Ballot, Decided
 from judges.budget import Accounts
-from judges.config import OpenAIJudge
+from judges.config import AnthropicJudge, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
 from judges.stage import judge_stage
 from tests.builders import build_model
 from tests.judges.stub import KEY_ENV
@@ -79,10 +79,46 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=15)
 
 
-def judge_at(server: str, **settings: object) -> OpenAIJudge:
-    return OpenAIJudge.model_validate(
-        {"kind": "openai", "model": "tiny", "base_url": server, "api_key_env": KEY_ENV, "max_output_tokens": 3_000, **settings}
-    )
+PATIENT = {"free": True, "deadline_s": 300.0, "attempt_timeout_s": 150.0, "model": "tiny", "api_key_env": KEY_ENV}
+
+
+def judge_at(server: str, **settings: object) -> OpenAICompatibleJudge:
+    where = {"kind": "openai_compatible", "base_url": server, "max_output_tokens": 3_000}
+    return OpenAICompatibleJudge.model_validate(PATIENT | where | settings)
+
+
+def judge_two_prompts(folder: Path, judge: RemoteJudge) -> list[Ballot]:
+    prompts = [make_prompt(f"Say {word}") for word in ("one", "two")]
+    write_prompts(folder / "prompts", prompts)
+    write_answers(folder / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
+    inputs = {"prompts": folder / "prompts", "completions": folder / "generate", "seed": 0}
+    materialize(judge_stage(Accounts(folder / "ledger.sqlite")), folder / "judge", judge=judge, **inputs)
+    return list(read_ballots(folder / "judge"))
+
+
+def test_the_anthropic_sdk_gets_verdicts_from_a_real_server_too(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_ENV, "local-key")
+    # Its structured output knows no maximum length of a string, and a random model never ends a rationale by itself.
+    where = {"kind": "anthropic", "base_url": server.removesuffix("/v1"), "rationale": False}
+    ballots = judge_two_prompts(tmp_path, AnthropicJudge.model_validate(PATIENT | where))
+    assert len(ballots) == 4
+    assert all(isinstance(ballot.outcome, Decided) for ballot in ballots), [ballot.outcome for ballot in ballots]
+    assert all(ballot.usage.input_tokens > 100 and ballot.served_model == "tiny" for ballot in ballots)
+
+
+def test_a_real_server_states_how_probable_each_label_is(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "local-key")
+    where = {"kind": "vllm_label", "base_url": server, "min_label_mass": 0.0}
+    ballots = judge_two_prompts(tmp_path, VllmLabelJudge.model_validate(PATIENT | where))
+    outcomes = [ballot.outcome for ballot in ballots]
+    decided = [outcome for outcome in outcomes if isinstance(outcome, Decided)]
+    assert len(decided) == 4, outcomes
+    for outcome in decided:
+        assert outcome.label_mass is not None
+        assert 0 < outcome.label_mass < 0.5, "a random model wants to say a great many other things"
+        assert 0 < outcome.p_left < 1
 
 
 def test_a_real_server_gives_verdicts_that_the_schema_constrains(
@@ -93,7 +129,7 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
     write_prompts(tmp_path / "prompts", prompts)
     write_answers(tmp_path / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
     inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
-    judge = judge_at(server, temperature=1.0, deadline_s=300.0, attempt_timeout_s=150.0)
+    judge = judge_at(server, temperature=1.0)
     materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "judge", judge=judge, **inputs)
     ballots = list(read_ballots(tmp_path / "judge"))
     assert len(ballots) == 4
