@@ -105,11 +105,13 @@ def one_more_round(config: Path, overrides: tuple[str, ...], skip_bad_prompts: b
 
 def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:
     from flows.play import play
-    from flows.preflight import checked_config
+    from flows.preflight import checked_config, warnings
 
     if skip_bad:
         overrides = (*overrides, "prompts.skip_bad=true")
     config: RunConfig = checked_config(path, overrides)
+    for line in warnings(config):
+        click.echo(f"warning: {line}", err=True)
     sys.exit(play(config, one_round=one_round, as_json=as_json))
 
 
@@ -154,9 +156,16 @@ def status(run: RunDir, as_json: bool) -> None:
 @main.command()
 @_run_argument
 @click.argument("round_number", metavar="[ROUND]", required=False, type=click.IntRange(min=0))
+@click.option("--pair", "pair_id", metavar="ID", help="A prompt's or a completion's id: every judge's reply behind its label.")
 @_json_flag
-def show(run: RunDir, round_number: int | None, as_json: bool) -> None:
-    """The table of RUN's rounds, or one round in detail."""
+def show(run: RunDir, round_number: int | None, pair_id: str | None, as_json: bool) -> None:
+    """The table of RUN's rounds, one round in detail, or one pair with all that made it."""
+    if pair_id is not None:
+        from flows.audit import audit, lines_of
+
+        found = audit(run, pair_id, round_number)
+        click.echo(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines_of(found)))
+        return
     from rich.console import Console
 
     from flows.show import print_round, print_run, run_json

@@ -31,7 +31,7 @@ from dpo_loop.config import (
 )
 from dpo_loop.errors import ConfigError
 from judges.budget import BudgetConfig
-from judges.config import GradingConfig, Judge
+from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single
 
 WORLD_PREFIX = "world:"
 
@@ -61,6 +61,7 @@ class RunConfig(Settings):
     prompts: PromptsConfig
     generation: GenerationConfig
     judge: Judge
+    judging: JudgingConfig = JudgingConfig()
     budget: BudgetConfig = BudgetConfig()
     pairing: PairingConfig = PairingConfig()
     training: TrainingConfig
@@ -246,6 +247,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             "run_dir": _absolute(config.run_dir),
             "start": start.model_copy(update=changes),
             "prompts": prompts,
+            "judge": _absolute_judge(config.judge),
+            "grading": config.grading.model_copy(update={"win_judge": _absolute_judge(config.grading.win_judge)}),
             "budget": config.budget.model_copy(update={"prices": config.budget.prices and _absolute(config.budget.prices)}),
         }
     )
@@ -262,6 +265,21 @@ def _absolute_model(model: str) -> str:
 
 def _absolute_pool(pool: Pool) -> Pool:
     return pool.model_copy(update={"path": _absolute(pool.path)}) if isinstance(pool, JsonlPool) else pool
+
+
+def _absolute_judge(judge: Judge | None) -> Judge | None:
+    if isinstance(judge, PanelJudge):
+        return judge.model_copy(update={"judges": tuple(_absolute_single(member) for member in judge.judges)})
+    return judge if judge is None else _absolute_single(judge)
+
+
+def _absolute_single(judge: Single) -> Single:
+    match judge:
+        case RemoteJudge() if judge.rubric.endswith(".md"):
+            return judge.model_copy(update={"rubric": _absolute(judge.rubric)})
+        case RewardModelJudge():
+            return judge.model_copy(update={"model": _absolute_model(judge.model)})
+    return judge
 
 
 def _absolute(path: str) -> str:

@@ -18,12 +18,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_loop.config import JsonlPool, ModelStart, Pool, SftStart
-from dpo_loop.errors import ConfigError
+from dpo_loop.errors import ConfigError, InputError
 from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
 from flows.steps import import_from_here
-from judges.config import Judge, RemoteJudge, VerifierGrader, VerifierJudge
+from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VerifierGrader, VerifierJudge
+from judges.rubric import load_rubric
 
 WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
 
@@ -231,21 +232,70 @@ def _rank_problems(config: RunConfig, name: str, rank: int) -> Iterator[str]:
         yield f"{name}: {rank} is above the engine's limit {limit}; raise generation.engine.max_lora_rank or lower the rank"
 
 
-def _judge_problems(config: RunConfig) -> Iterator[str]:
+def _judges_of(config: RunConfig) -> Iterator[tuple[str, Single]]:
+    """Every single judge with the path of its key."""
     judges: list[tuple[str, Judge | None]] = [("judge", config.judge), ("grading.win_judge", config.grading.win_judge)]
     for name, judge in judges:
+        if isinstance(judge, PanelJudge):
+            yield from ((f"{name}.judges.{index}", member) for index, member in enumerate(judge.judges))
+        elif judge is not None:
+            yield name, judge
+
+
+def _judge_problems(config: RunConfig) -> Iterator[str]:
+    for name, judge in _judges_of(config):
         match judge:
             case RemoteJudge():
-                if not os.environ.get(judge.api_key_env):
-                    yield (
-                        f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "
-                        "without keys)"
-                    )
+                yield from _remote_problems(config, name, judge)
             case VerifierJudge():
                 yield from _function_problems(f"{name}.function", judge.function)
+            case RewardModelJudge():
+                if not is_hub_id(judge.model) and not Path(judge.model).is_dir():
+                    yield f"{name}.model: {judge.model} is not a directory"
     for name, grader in (("grading.task", config.grading.task), ("grading.safety", config.grading.safety)):
         if isinstance(grader, VerifierGrader):
             yield from _function_problems(f"{name}.function", grader.function)
+
+
+def _remote_problems(config: RunConfig, name: str, judge: RemoteJudge) -> Iterator[str]:
+    if not os.environ.get(judge.api_key_env):
+        yield (
+            f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "
+            "without keys)"
+        )
+    try:
+        load_rubric(judge.rubric)
+    except InputError as error:
+        yield f"{name}.rubric: {error}"
+    if not judge.free:
+        try:
+            config.budget.price_list().of(judge.model)
+        except InputError as error:
+            yield f"{name}.model: {error}"
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What does not stop a run and should be known before it: a judge of the policy's own family favours it (arXiv 2404.13076)."""
+    found = []
+    policy = _family_word(config)
+    for name, judge in _judges_of(config):
+        if isinstance(judge, RemoteJudge) and policy and policy in f"{judge.family} {judge.model}".lower():
+            found.append(
+                f"{name}: {judge.model} is of the policy's own family ({policy}); judges favour their own. Use a judge of another "
+                "family, or a panel of several."
+            )
+    return found
+
+
+def _family_word(config: RunConfig) -> str:
+    """What models of the policy's family are called: its model type without the version, `qwen3_moe` → `qwen`."""
+    start = config.start.model
+    try:
+        told = str(json.loads((Path(start) / "config.json").read_text()).get("model_type", ""))
+    except (OSError, ValueError):
+        told = start.rpartition("/")[2] if is_hub_id(start) else ""
+    found = re.match(r"[a-z]{3,}", told.lower())
+    return found[0] if found else ""
 
 
 def _function_problems(name: str, function: str) -> Iterator[str]:

@@ -129,6 +129,7 @@ def _inputs(run: RunDir, round_number: int, name: str, config: RunConfig, invali
                 "prompts": here.stage("prompts"),
                 "completions": here.stage("generate"),
                 "judge": config.judge,
+                "judging": config.judging,
                 "seed": config.seed,
             }
         case "pair":

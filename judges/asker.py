@@ -12,6 +12,7 @@ from typing import Any
 from dpo_loop.types import Ballot, Prompt, Undecided, Verdict, canonical_json
 from judges.backend import Backend, JudgeRequest, Reply
 from judges.ballot import ballot_of
+from judges.budget import Purse
 from judges.ledger import Claim, Ledger
 from judges.verdict import verdict_of
 
@@ -49,8 +50,9 @@ class Asker:
     BudgetExceededError, JudgeUnavailableError.
     """
 
-    def __init__(self, backend: Backend, ledger: Ledger) -> None:
-        self._backend, self._ledger = backend, ledger
+    def __init__(self, backend: Backend, ledger: Ledger, purse: Purse | None = None) -> None:
+        """purse: whose figures are told with this judge's; a panel tells its own."""
+        self._backend, self._ledger, self._purse = backend, ledger, purse
         self._under_way: dict[str, asyncio.Future[Reply]] = {}
         self.num_asked = 0
         self.num_known = 0
@@ -97,7 +99,7 @@ class Asker:
             "input_tokens": self.input_tokens,
             "output_tokens": self.output_tokens,
             "cost_usd": self.cost_usd,
-        }
+        } | ({"budget": self._purse.figures()} if self._purse else {})
 
     # ------------------------------------------------------------------------------------------------------------ one call
 

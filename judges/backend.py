@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import Field
 
 from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
-from judges.config import AnthropicJudge, Judge, OpenAICompatibleJudge, OpenAIJudge, RemoteJudge, VerifierJudge, VllmLabelJudge
+from judges.config import (
+    AnthropicJudge,
+    OpenAICompatibleJudge,
+    OpenAIJudge,
+    RemoteJudge,
+    RewardModelJudge,
+    Single,
+    VerifierJudge,
+    VllmLabelJudge,
+)
 
 if TYPE_CHECKING:
     from judges.budget import Purse
@@ -83,12 +92,16 @@ class Backend(Protocol):
     async def aclose(self) -> None: ...
 
 
-def open_backend(config: Judge, purse: Purse) -> Backend:
+def open_backend(config: Single, purse: Purse) -> Backend:
     """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment, no price."""
     if isinstance(config, VerifierJudge):
         from judges.verifier import VerifierBackend
 
         return VerifierBackend(config)
+    if isinstance(config, RewardModelJudge):
+        from judges.reward_model import RewardModelBackend
+
+        return RewardModelBackend(config)
     from judges.remote import RemoteBackend
 
     return RemoteBackend(config, _dialect_of(config), purse)

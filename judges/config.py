@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpo_loop.config import ModuleFunction, Settings
 
@@ -81,9 +81,83 @@ class VllmLabelJudge(RemoteJudge):
     min_label_mass: float = Field(0.5, ge=0, le=1)
 
 
-Judge = Annotated[
-    VerifierJudge | OpenAIJudge | OpenAICompatibleJudge | AnthropicJudge | VllmLabelJudge, Field(discriminator="kind")
-]
+class RewardModelJudge(Settings):
+    """A sequence-classification model with one output, run in the stage's own process. max_length: tokens of conversation and answer."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    kind: Literal["reward_model"]
+    model: str
+    """Directory or hub id."""
+    revision: str | None = None
+    family: str = ""
+    max_length: int = Field(4_096, ge=8)
+    batch_size: int = Field(16, ge=1)
+
+
+Single = VerifierJudge | OpenAIJudge | OpenAICompatibleJudge | AnthropicJudge | VllmLabelJudge | RewardModelJudge
+
+
+class PanelJudge(Settings):
+    """Several judges, the cheapest first. One look that selects is the first judge's; a label is the mean of families.
+
+    min_families: so many must have decided. Judges beyond them are asked only where those before were undecided, inconsistent, of
+    different opinions, or have a mean margin below escalate_below.
+    """
+
+    kind: Literal["panel"]
+    judges: tuple[Annotated[Single, Field(discriminator="kind")], ...] = Field(min_length=2)
+    min_families: int = Field(2, ge=1)
+    escalate_below: float = Field(0.6, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _has_families(self) -> PanelJudge:
+        families = [family_of(judge) for judge in self.judges]
+        if "" in families:
+            raise ValueError(f"judges.{families.index('')}.family is missing: a panel gives every family of models the same weight")
+        if len(set(families)) < self.min_families:
+            raise ValueError(f"the judges are of {len(set(families))} families and min_families is {self.min_families}")
+        return self
+
+
+Judge = Annotated[Single | PanelJudge, Field(discriminator="kind")]
+
+
+def members_of(judge: Judge) -> tuple[Single, ...]:
+    """The judges of a panel; any other judge is alone."""
+    return judge.judges if isinstance(judge, PanelJudge) else (judge,)
+
+
+def family_of(judge: Single) -> str:
+    return "verifier" if isinstance(judge, VerifierJudge) else judge.family
+
+
+class Knockout(Settings):
+    """About 1.5 K calls for K answers, then both orders of best and worst."""
+
+    kind: Literal["knockout"] = "knockout"
+
+
+class RoundRobin(Settings):
+    """All pairs in both orders: K (K - 1) calls, for few prompts that matter."""
+
+    kind: Literal["round_robin"] = "round_robin"
+
+
+class Pointwise(Settings):
+    """Every answer graded alone, then both orders of best and worst: K + 2 calls."""
+
+    kind: Literal["pointwise"] = "pointwise"
+
+
+Selection = Annotated[Knockout | RoundRobin | Pointwise, Field(discriminator="kind")]
+
+
+class JudgingConfig(Settings):
+    """How K answers become one comparison. prefilter: broken and verdict-like answers are not shown to a judge; None: unless all
+    judges are verifiers."""
+
+    selection: Selection = Knockout()
+    prefilter: bool | None = None
 
 
 class VerifierGrader(Settings):

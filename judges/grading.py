@@ -37,9 +37,9 @@ from dpo_loop.types import (
 from judges.asker import Candidate
 from judges.budget import Accounts
 from judges.config import GradingConfig, Judge
+from judges.figures import spaced, unique
 from judges.graders import Grader, safety_grader, task_grader
 from judges.jury import Jury, open_jury
-from judges.stage import spaced, unique
 from judges.workers import for_each
 
 VERSION = 3

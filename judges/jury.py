@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
 from dpo_loop.types import Ballot, Prompt, Verdict
 from judges.asker import Asker, Candidate
 from judges.backend import open_backend
 from judges.budget import Accounts, Purse
-from judges.config import Judge
+from judges.config import Judge, PanelJudge, members_of
 from judges.ledger import Ledger
+from judges.panel import Panel
 
 
 class Jury(Protocol):
@@ -60,8 +61,12 @@ async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
     """Raises InputError if a judge cannot be opened: no such function, no key in the environment."""
     with Ledger(accounts.ledger) as ledger:
         purse = await Purse.open(ledger, accounts)
-        backend = open_backend(config, purse)
-        try:
-            yield Asker(backend, ledger)
-        finally:
-            await backend.aclose()
+        async with AsyncExitStack() as stack:
+            backends = []
+            for member in members_of(config):
+                backends.append(open_backend(member, purse))
+                stack.push_async_callback(backends[-1].aclose)
+            if isinstance(config, PanelJudge):
+                yield Panel(config, [Asker(backend, ledger) for backend in backends], purse)
+            else:
+                yield Asker(backends[0], ledger, purse)

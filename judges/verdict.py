@@ -1,6 +1,10 @@
-"""Two ballots, one in each order, give a verdict. Pure, so a verdict can always be recomputed from what is stored."""
+"""Ballots in both orders give a verdict, of one judge or of a panel. Pure, so a verdict can always be recomputed from what is stored."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
 
 from dpo_loop.types import Ballot, Decided, Verdict, VerdictKind
 
@@ -42,6 +46,46 @@ def verdict_of(one: Ballot, other: Ballot) -> Verdict:
     return Verdict(
         prompt_id=one.prompt_id, a_id=a_id, b_id=b_id, kind=kind, p_a=p_a, winner_id=winner_id, margin=margin, ballot_keys=keys
     )
+
+
+def panel_verdict_of(votes: Sequence[tuple[Ballot, Ballot]], *, min_families: int) -> Verdict:
+    """The verdict of several judges on the same two completions; votes: of each judge, its ballots in both orders.
+
+    p_a is the mean over families of the mean over their judges that decided. A winner is named by more than half of the families
+    that decided and by the mean; families that name opposite winners without such a majority are inconsistent. Fewer than
+    min_families that decided: undecided.
+    """
+    verdicts = [verdict_of(one, other) for one, other in votes]
+    if len({(verdict.prompt_id, verdict.a_id, verdict.b_id) for verdict in verdicts}) != 1:
+        raise ValueError("the votes of a panel are not about the same pair")
+    pair = {"prompt_id": verdicts[0].prompt_id, "a_id": verdicts[0].a_id, "b_id": verdicts[0].b_id}
+    keys = tuple(key for verdict in verdicts for key in verdict.ballot_keys)
+    families: dict[str, list[Verdict]] = defaultdict(list)
+    for (ballot, _), verdict in zip(votes, verdicts, strict=True):
+        if verdict.p_a is not None:
+            families[ballot.family].append(verdict)
+    if len(families) < min_families:
+        return Verdict(**pair, kind=VerdictKind.UNDECIDED, p_a=None, winner_id=None, margin=0.0, ballot_keys=keys)
+    p_a = fmean(fmean(verdict.p_a or 0.0 for verdict in members) for members in families.values())
+    signs = [_family_sign(members) for members in families.values()]
+    kinds = {verdict.kind for members in families.values() for verdict in members}
+    majority = (signs.count(1) * 2 > len(signs)) - (signs.count(-1) * 2 > len(signs))
+    if majority != 0 and majority == _sign(p_a - 0.5):
+        kind = VerdictKind.WINNER
+    elif kinds == {VerdictKind.TIE}:
+        kind = VerdictKind.TIE
+    elif VerdictKind.INCONSISTENT in kinds or {1, -1} <= set(signs):
+        kind = VerdictKind.INCONSISTENT
+    else:
+        kind = VerdictKind.WEAK
+    winner_id = None if kind is not VerdictKind.WINNER else pair["a_id"] if majority > 0 else pair["b_id"]
+    return Verdict(**pair, kind=kind, p_a=p_a, winner_id=winner_id, margin=abs(p_a - 0.5) * 2, ballot_keys=keys)
+
+
+def _family_sign(members: Sequence[Verdict]) -> int:
+    """+1 where all judges of a family name a, -1 where all name b, else 0."""
+    named = {verdict.winner_id for verdict in members}
+    return {members[0].a_id: 1, members[0].b_id: -1}.get(named.pop() or "", 0) if len(named) == 1 else 0
 
 
 def _sign(difference: float) -> int:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from dpo_loop.evaluation.degenerate import degeneration_of
+from dpo_loop.degenerate import degeneration_of
 from dpo_loop.types import Comparison, GradeRow, PolicyName, Prompt, Record, Side, VerdictKind
 
 Reference = Literal["previous", "anchor"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_loop.evaluation.degenerate import Degeneration, degeneration_of, repeat_ratio, tail_repeats
+from dpo_loop.degenerate import Degeneration, degeneration_of, repeat_ratio, tail_repeats
 from dpo_loop.types import FinishReason
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,38 +17,15 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.pairing.stage import pair_all
 from dpo_loop.types import Decided, FinishReason, Outcome, PreferencePair, Prompt, Undecided, UndecidedReason, VerdictKind
 from judges.asker import Asker, Candidate
-from judges.backend import BackendSpec, JudgeRequest, Reply
 from judges.budget import Accounts
 from judges.config import VerifierJudge
+from judges.figures import Judged, figures, tally
 from judges.ledger import Ledger
-from judges.stage import Judged, figures, judge_prompts, judge_stage, tally
+from judges.stage import judge_prompts, judge_stage
 from judges.verdict import verdict_of
+from tests.judges.opinions import Opinion, Opinionated
 from tests.judges.stub import Stub, chat, fails, says
 from tests.judges.world import VERIFIER, make_completion, make_prompt, write_answers, write_prompts
-
-Opinion = Callable[[str, str], Outcome]
-"""opinion(left, right): what a judge thinks of two texts in the order shown."""
-
-
-class Opinionated:
-    """A judge given as a function."""
-
-    def __init__(self, opinion: Opinion, *, is_instant: bool = True, concurrency: int = 1) -> None:
-        self.opinion = opinion
-        self.asked: list[tuple[str, str]] = []
-        self._spec = BackendSpec("opinion", {"kind": "opinion"}, concurrency, is_instant)
-
-    @property
-    def spec(self) -> BackendSpec:
-        return self._spec
-
-    async def ask(self, request: JudgeRequest) -> Reply:
-        self.asked.append((request.left, request.right))
-        await asyncio.sleep(0)
-        return Reply(outcome=self.opinion(request.left, request.right))
-
-    async def aclose(self) -> None:
-        pass
 
 
 def judged_by(opinion: Opinion, texts: list[list[str]], *, seed: int = 0, ledger: Path) -> tuple[list[Prompt], list[Judged]]:
