@@ -116,6 +116,29 @@ def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool,
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_config_options
+def estimate(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:  # noqa: ARG001 - options of all configs
+    """What the judging of one round of CONFIG will cost; nothing is asked."""
+    from rich.console import Console
+
+    from flows.config import load_config
+    from flows.estimate import lines_of, table_of, works_of
+    from judges.estimate import as_json as told_of
+    from judges.estimate import estimate as rows_of
+
+    loaded = load_config(config, overrides)
+    rows = rows_of(works_of(loaded), loaded.budget)
+    told = told_of(rows, loaded.budget)
+    if rows:
+        Console(width=None if sys.stdout.isatty() else 160).print(table_of(rows, told))
+    for line in lines_of(rows, told):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(told))
+
+
+@main.command()
 @click.argument("name")
 @click.option("--run", "run", required=True, metavar="RUN", callback=_run_dir, help="A run directory.")
 @click.option("--round", "round_number", required=True, type=click.IntRange(min=0))

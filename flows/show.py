@@ -32,6 +32,9 @@ _COLOURS = {
 }
 
 
+_JUDGE_FIGURES = ("yield", "consistency", "first_position_win_rate", "tie_rate", "longer_win_rate", "length_slope")
+
+
 def rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
@@ -134,6 +137,8 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
         )
         stages.add_row(name, f"{manifest.seconds:.1f}", escape(counts), escape(figures))
     console.print(stages)
+    if (judge := judge_table(run, round_number)) is not None:
+        console.print(judge)
     gate_dir = run.round(round_number).stage("gate")
     if read_manifest(gate_dir):
         checks = Table(title="checks", title_justify="left")
@@ -153,6 +158,24 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
         console.print(checks)
     for reason in row.reasons:
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
+
+
+def judge_table(run: RunDir, round_number: int) -> Table | None:
+    """The judge's live figures beside those of the round before, None where nothing was judged."""
+    from rich.table import Table
+
+    manifests = [read_manifest(run.round(number).stage("judge")) for number in (round_number, round_number - 1) if number > 0]
+    if not manifests or manifests[0] is None:
+        return None
+    now, before = [manifest.outcome.metrics if manifest else {} for manifest in (*manifests, None)][:2]
+    table = Table(title="judge", title_justify="left")
+    for heading in ("figure", "this round", "round before", "change"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for name in _JUDGE_FIGURES:
+        one, other = now.get(name), before.get(name)
+        change = f"{one - other:+.3f}" if isinstance(one, float) and isinstance(other, float) else "–"
+        table.add_row(name.replace("_", " "), rate(one), rate(other), change)
+    return table
 
 
 def _short(value: float | str) -> str:

@@ -88,7 +88,7 @@ def test_kill_9_in_every_stage_leaves_the_same_pairs(whole_run: RunDir, prefect_
     for stage, round_number in victims:
         if kill_in(stage, round_number, run, log, env):
             caught.append((stage, round_number))
-        for manifest in run.path.glob("rounds/*/*/manifest.json"):
+        for manifest in run.path.glob("rounds/*/[!.]*/manifest.json"):  # one that is killed in the act may hold one already
             finished.setdefault(manifest, manifest.read_bytes())
     finish(run.path, log, env)
     assert len(caught) >= len(victims) - 3, f"only {caught} were caught at work"

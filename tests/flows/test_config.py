@@ -44,7 +44,7 @@ def test_unknown_key_wrong_type_missing_file_rank_and_judge_key_are_listed_toget
         rounds="three",
         surprise=1,
         prompts={"pool": {"kind": "jsonl", "path": str(tmp_path / "no.jsonl")}, "num_bucketz": 3},
-        judge={"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY"},
+        judge={"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY", "free": True},
         training={"loss": {"kind": "sigmoid"}, "lora": {"rank": 64}},
         start={"kind": "model", "model": str(tmp_path / "no-model")},
     )
@@ -78,7 +78,7 @@ def test_problems_beside_a_wrong_required_key_are_listed_at_once(
 ) -> None:
     monkeypatch.delenv("ABSENT_KEY", raising=False)
     others: dict[str, object] = {
-        "judge": {"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY"},
+        "judge": {"kind": "openai", "model": "m", "api_key_env": "ABSENT_KEY", "free": True},
         "start": {"kind": "model", "model": str(tmp_path / "no-model")},
         "prompts": {"pool": {"kind": "jsonl", "path": str(tmp_path / "no.jsonl")}, "eval_sets": [{"kind": "jsonl", "pth": "x"}]},
     }

@@ -61,7 +61,7 @@ NONE = Undecided(reason=UndecidedReason.UNAVAILABLE)
         ([("gpt", A, B), ("claude", NONE, NONE), ("qwen", A, B)], VerdictKind.WINNER, "a", 1.0),
         ([("gpt", A, B), ("gpt", A, B), ("gpt", A, B)], VerdictKind.UNDECIDED, None, 0.0),
         ([("gpt", A, B), ("gpt", A, B), ("claude", B, A)], VerdictKind.INCONSISTENT, None, 0.0),
-        ([("gpt", A, B), ("gpt", B, A), ("claude", B, A)], VerdictKind.INCONSISTENT, None, 0.5),
+        ([("gpt", A, B), ("gpt", B, A), ("claude", B, A)], VerdictKind.WEAK, None, 0.5),
     ],
 )
 def test_what_votes_mean(votes: list[Any], kind: VerdictKind, winner: str | None, margin: float) -> None:

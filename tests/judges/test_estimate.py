@@ -1,0 +1,92 @@
+"""An estimate is held against what a real round of judging then cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dpo_loop.artifacts import materialize, read_manifest
+from flows.cli import main
+from judges.budget import Accounts, BudgetConfig
+from judges.config import Knockout, PanelJudge, Pointwise, RoundRobin, VerifierJudge
+from judges.estimate import Work, as_json, estimate, looks_of
+from judges.stage import judge_stage
+from tests.flows.runs import raw_config, write_config
+from tests.judges.stub import KEY_ENV, Stub, says
+from tests.judges.world import VERIFIER, make_prompt, write_answers, write_prompts
+
+
+def test_selecting_calls_of_each_kind() -> None:
+    assert [looks_of(Knockout(), k) for k in (1, 2, 3, 4, 8)] == [0, 1, 3, 4, 10]
+    assert [looks_of(RoundRobin(), k) for k in (1, 2, 4)] == [0, 2, 12]
+    assert [looks_of(Pointwise(), k) for k in (1, 4)] == [1, 4]
+
+
+def prices(folder: Path) -> BudgetConfig:
+    (folder / "prices.yaml").write_text(
+        "as_of: 2026-11-24\nmodels:\n  judge: {input: 2.0, output: 8.0}\n  big: {input: 20.0, output: 80.0}\n"
+    )
+    return BudgetConfig(prices=str(folder / "prices.yaml"))
+
+
+def test_a_round_costs_no_more_than_was_said(tmp_path: Path, stub: Stub) -> None:
+    stub.policy = lambda body: says("A" if hash(body["messages"][1]["content"]) % 2 else "B")
+    judge, budget = stub.judge(free=False, max_output_tokens=64), prices(tmp_path)
+    prompts = [make_prompt(f"Question {number}?") for number in range(10)]
+    texts = ["a short answer", "a somewhat longer answer", "yes", "no"]
+    work = Work("labels", judge, len(prompts), looks_of(Knockout(), 4), prompt_bytes=12, answer_tokens=8)
+    [row] = estimate([work], budget)
+    write_prompts(tmp_path / "prompts", prompts)
+    write_answers(tmp_path / "generate", [(prompt, texts) for prompt in prompts])
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite", budget, 1)), tmp_path / "judge", judge=judge, **inputs)
+    manifest = read_manifest(tmp_path / "judge")
+    assert manifest is not None
+    metrics = manifest.outcome.metrics
+    assert row.calls == row.calls_at_most == 60
+    assert 40 <= metrics["calls_asked"] <= row.calls
+    assert 0 < metrics["cost_usd"] <= row.usd_at_most
+    assert metrics["budget"]["round"]["spent_usd"] == pytest.approx(metrics["cost_usd"])
+    seen = max(len(json.dumps(seen.body)) for seen in stub.seen)
+    assert row.usd_at_most >= 60 * (seen / 2.5 * 2 + 64 * 8) / 1e6 * 0.9, "the body that was sent is the body that was reckoned"
+
+
+def test_a_panel_s_later_judges_count_only_at_most(tmp_path: Path, stub: Stub) -> None:
+    named = [("judge", "gpt"), ("judge", "claude"), ("big", "llama")]
+    members = tuple(stub.judge(free=False, model=model, family=family) for model, family in named)
+    work = Work("labels", PanelJudge(kind="panel", judges=members), 100, 4, 100, 100)
+    rows = estimate([work], prices(tmp_path))
+    assert [(row.calls, row.calls_at_most) for row in rows] == [(600, 600), (200, 200), (0, 200)]
+    told = as_json(rows, prices(tmp_path))
+    assert told["usd"] == pytest.approx(rows[0].usd + rows[1].usd)
+    assert told["usd_at_most"] > rows[2].usd_at_most > 0
+
+
+def test_programs_and_free_servers_cost_nothing(tmp_path: Path, stub: Stub) -> None:
+    assert estimate([Work("labels", VerifierJudge(kind="verifier", function=VERIFIER), 10, 4, 10, 10)], prices(tmp_path)) == []
+    [row] = estimate([Work("labels", stub.judge(), 10, 4, 10, 10)], prices(tmp_path))
+    assert (row.usd, row.usd_at_most) == (0.0, 0.0)
+
+
+def test_the_command_says_what_a_round_will_cost_and_whether_the_caps_cover_it(tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(1_000)))
+    prices(tmp_path)
+    changes: dict[str, Any] = {
+        "prompts": {"pool": {"kind": "jsonl", "path": str(tmp_path / "pool.jsonl")}, "num_buckets": 9},
+        "judge": {"kind": "openai", "model": "judge", "api_key_env": KEY_ENV},
+        "budget": {"prices": str(tmp_path / "prices.yaml"), "usd_per_round": 1e6, "calls_per_run": 10},
+    }
+    config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", **changes))
+    done = CliRunner().invoke(main, ["estimate", str(config), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output.splitlines()[-1])
+    assert [row["calls"] for row in told["rows"]] == [100 * 6, 100 * 2 * 2]
+    assert 0 < told["usd"] < told["usd_at_most"]
+    assert "budget.usd_per_round = 1e+06 covers the round." in done.output
+    assert "budget.calls_per_run = 10 will probably stop the round." in done.output
+    free = CliRunner().invoke(main, ["estimate", str(write_config(tmp_path / "d.yaml", raw_config(tmp_path / "run")))])
+    assert free.output == "No remote judge: judging costs nothing.\n"
