@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -24,6 +25,11 @@ from tests.judges.stub import KEY_ENV, Stub, says
 from tests.judges.world import make_completion, make_prompt
 
 
+def _is_first(answer: str, body: dict[str, Any]) -> bool:
+    lines = body["messages"][1]["content"].splitlines()
+    return bool(lines[lines.index(answer) - 1].startswith("<<<ANSWER A"))
+
+
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A round of two prompts judged by a server: of one a pair is made, of the other none."""
@@ -37,7 +43,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     publish(here.stage("prompts"), {PROMPTS: "".join(f"{prompt.model_dump_json()}\n" for prompt in prompts)})
     publish(here.stage("generate"), {completions_file(0): "".join(f"{row.model_dump_json()}\n" for row in rows)})
     with Stub() as stub:
-        stub.policy = lambda body: says("A" if str(body).find('hello"') < str(body).find("go away") else "B", rationale="kinder")
+        stub.policy = lambda body: says("A" if _is_first('"hello"', body) else "B", rationale="kinder")
         materialize(
             judge_stage(Accounts(run.ledger)),
             here.stage("judge"),
