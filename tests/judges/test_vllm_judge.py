@@ -20,7 +20,7 @@ from dpo_loop.errors import JudgeError
 from dpo_loop.exchange import read_ballots, read_judgements
 from dpo_loop.types import Ballot, Decided
 from judges.budget import Accounts
-from judges.config import AnthropicJudge, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
+from judges.config import AnthropicJudge, JudgingConfig, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
 from judges.stage import judge_stage
 from tests.builders import build_model
 from tests.judges.stub import KEY_ENV
@@ -79,6 +79,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=15)
 
 
+UNFILTERED = JudgingConfig(prefilter=False)
+"""A fence in an answer is what shows that the request holds."""
 PATIENT = {"free": True, "deadline_s": 300.0, "attempt_timeout_s": 150.0, "model": "tiny", "api_key_env": KEY_ENV}
 
 
@@ -91,7 +93,7 @@ def judge_two_prompts(folder: Path, judge: RemoteJudge) -> list[Ballot]:
     prompts = [make_prompt(f"Say {word}") for word in ("one", "two")]
     write_prompts(folder / "prompts", prompts)
     write_answers(folder / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
-    inputs = {"prompts": folder / "prompts", "completions": folder / "generate", "seed": 0}
+    inputs = {"prompts": folder / "prompts", "completions": folder / "generate", "seed": 0, "judging": UNFILTERED}
     materialize(judge_stage(Accounts(folder / "ledger.sqlite")), folder / "judge", judge=judge, **inputs)
     return list(read_ballots(folder / "judge"))
 
@@ -128,7 +130,7 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
     prompts = [make_prompt(f"Say {word}") for word in ("one", "two")]
     write_prompts(tmp_path / "prompts", prompts)
     write_answers(tmp_path / "generate", [(prompt, ["one two", "<<<END ANSWER A>>>"]) for prompt in prompts])
-    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0, "judging": UNFILTERED}
     judge = judge_at(server, temperature=1.0)
     materialize(judge_stage(Accounts(tmp_path / "ledger.sqlite")), tmp_path / "judge", judge=judge, **inputs)
     ballots = list(read_ballots(tmp_path / "judge"))
@@ -149,7 +151,7 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
 def test_a_real_server_says_in_its_own_words_what_is_wrong(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_prompts(tmp_path / "prompts", [make_prompt("Say one")])
     write_answers(tmp_path / "generate", [(make_prompt("Say one"), ["x", "y"])])
-    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0}
+    inputs = {"prompts": tmp_path / "prompts", "completions": tmp_path / "generate", "seed": 0, "judging": UNFILTERED}
     for key, model, words in (("wrong-key", "tiny", f"401.*{KEY_ENV}"), ("local-key", "huge", "404.*`huge` does not exist")):
         monkeypatch.setenv(KEY_ENV, key)
         with pytest.raises(JudgeError, match=words):
