@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,11 +39,20 @@ def write_json(path: Path, value: BaseModel | Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[BaseModel | Mapping[str, Any]]) -> int:
     """One JSON object a line; returns how many."""
     num_rows = 0
-    with path.open("w", encoding="utf-8") as file:
+    with jsonl_writer(path) as write:
         for row in rows:
-            file.write((row.model_dump_json() if isinstance(row, BaseModel) else json.dumps(row, ensure_ascii=False)) + "\n")
+            write(row)
             num_rows += 1
     return num_rows
+
+
+@contextmanager
+def jsonl_writer(path: Path) -> Iterator[Callable[[BaseModel | Mapping[str, Any]], None]]:
+    """Takes one row at a time, so that what is written need not be kept."""
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda row: print(
+            row.model_dump_json() if isinstance(row, BaseModel) else json.dumps(row, ensure_ascii=False), file=file
+        )
 
 
 def read_json(path: Path, model: type[Model]) -> Model:

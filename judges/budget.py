@@ -208,15 +208,15 @@ class Purse:
         input_tokens = math.ceil(made.body_bytes / BYTES_PER_TOKEN * ratio)
         return made.price.most(input_tokens, made.num * made.max_output_tokens, at_batch_price=made.at_batch_price)
 
-    def end(self, change: Totals) -> asyncio.Future[None]:
-        """Of one reservation."""
+    def end(self, change: Totals) -> None:
+        """Of one reservation. Not waited for: it goes into the transaction that keeps the reply, and if that fails, the money stays set aside."""
 
         def work(db: sqlite3.Connection) -> None:
             self._change(db, change)
             self._under_way -= 1
             self._changed.set()
 
-        return self._ledger.write(work)
+        self._ledger.queue(work)
 
     def learn(self, model: str, body_bytes: int, input_tokens: int) -> None:
         """From usage that was above the bound."""
@@ -262,7 +262,7 @@ class Reservation:
     async def _end(self, change: Totals) -> None:
         assert self.state == "open", "a reservation ends once"
         self.state = "ended"
-        await self.purse.end(change)
+        self.purse.end(change)
 
 
 def _over(cap: float | int | None, taken: int, asked: int, key: str) -> str | None:

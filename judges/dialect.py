@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_loop.errors import InputError, JudgeError
@@ -50,6 +51,10 @@ class Billing(StrEnum):
 
 
 NO_USAGE = Usage()
+CALLS_PER_CLIENT = 24
+"""The pool of the SDKs' HTTP library looks at each of its connections at the beginning and the end of each call: with 200 of them that costs
+more than the rest of the call. So a dialect has several clients, each with few."""
+MOST_CLIENTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,21 @@ class SdkDialect:
             )
         self.config, self.key, self._sdk = config, key, sdk
         self._lengths = True
+        self._clients = [self.connect() for _ in range(min(MOST_CLIENTS, -(-config.concurrency // CALLS_PER_CLIENT)))]
+        self._turns = cycle(self._clients)
+
+    def connect(self) -> Any:
+        """A client of the SDK."""
+        raise NotImplementedError
+
+    @property
+    def client(self) -> Any:
+        """The next in turn."""
+        return next(self._turns)
+
+    async def aclose(self) -> None:
+        for client in self._clients:
+            await client.close()
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
         """The raw response of the SDK's `create`."""

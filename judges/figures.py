@@ -6,6 +6,7 @@ A knockout's matches are shown in one order only and would say nothing; they are
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,45 +34,62 @@ def outcome_of(judged: Judged) -> str:
     return NOTHING_TO_COMPARE if verdict is None else verdict.kind.value
 
 
-def tally(judged: Sequence[Judged]) -> Tally:
-    parts = dict.fromkeys([*VerdictKind, NOTHING_TO_COMPARE], 0) | Counter(outcome_of(item) for item in judged)
-    return Tally(of="prompts", total=len(judged), parts={str(name): count for name, count in parts.items()})
+class Figures:
+    """Adds up what is judged, and keeps none of it. lengths: characters of each answer, by id."""
+
+    def __init__(self, lengths: Mapping[str, int] | None = None) -> None:
+        self._lengths = lengths or {}
+        self._kinds: Counter[str] = Counter()
+        self._first: Counter[bool] = Counter()
+        self._longer: Counter[bool] = Counter()
+        self._more, self._p_a = array("d"), array("d")
+        self._words: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
+
+    def add(self, judged: Judged) -> None:
+        self._kinds[outcome_of(judged)] += 1
+        for ballot in judged.final:
+            if isinstance(ballot.outcome, Decided) and ballot.outcome.p_left != 0.5:
+                self._first[ballot.outcome.p_left > 0.5] += 1
+        verdict = judged.judgement.verdict
+        if verdict is not None and verdict.p_a is not None and {verdict.a_id, verdict.b_id} <= self._lengths.keys():
+            more = self._lengths[verdict.a_id] - self._lengths[verdict.b_id]
+            self._more.append(more)
+            self._p_a.append(verdict.p_a)
+            if more and verdict.winner_id:
+                self._longer[(more > 0) == (verdict.winner_id == verdict.a_id)] += 1
+        self._add_words(judged)
+
+    def _add_words(self, judged: Judged) -> None:
+        said = {one.judge: verdict_of(one, other) for one, other in zip(judged.final[::2], judged.final[1::2], strict=True)}
+        names = {judged.judgement.best_id: "best", judged.judgement.worst_id: "worst"}
+        known = {judge: names.get(verdict.winner_id, "neither") for judge, verdict in said.items() if verdict.p_a is not None}
+        for one, other in combinations(sorted(known), 2):
+            self._words.setdefault((one, other), Counter())[known[one], known[other]] += 1
+
+    def tally(self) -> Tally:
+        parts = dict.fromkeys([*VerdictKind, NOTHING_TO_COMPARE], 0) | self._kinds
+        return Tally(of="prompts", total=self._kinds.total(), parts={str(name): count for name, count in parts.items()})
+
+    def metrics(self) -> dict[str, Any]:
+        """yield: winners per prompt. consistency: share of pairs, decided in both orders, whose orders do not contradict each other.
+
+        first_position_win_rate: of decided ballots that name a winner, how many name the answer shown first; 0.5 is unbiased.
+        tie_rate: ties among pairs decided in both orders. longer_win_rate: of winners with another length than the loser, the
+        longer ones. length_slope: of p_a on tanh(difference in length / its spread); 0 is unbiased. agreement: between judges.
+        """
+        decided = sum(self._kinds[kind] for kind in VerdictKind if kind is not VerdictKind.UNDECIDED)
+        return {
+            "yield": rate(self._kinds[VerdictKind.WINNER], self._kinds.total()),
+            "consistency": rate(decided - self._kinds[VerdictKind.INCONSISTENT], decided),
+            "first_position_win_rate": rate(self._first[True], self._first.total()),
+            "tie_rate": rate(self._kinds[VerdictKind.TIE], decided),
+            "longer_win_rate": rate(self._longer[True], self._longer.total()),
+            "length_slope": _slope(self._more, self._p_a),
+            **({"agreement": agreement(self._words)} if self._words else {}),
+        }
 
 
-def figures(judged: Sequence[Judged], lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """lengths: characters of each answer, by id.
-
-    yield: winners per prompt. consistency: share of pairs, decided in both orders, whose orders do not contradict each other.
-    first_position_win_rate: of decided ballots that name a winner, how many name the answer shown first; 0.5 is unbiased.
-    tie_rate: ties among pairs decided in both orders. longer_win_rate: of winners with another length than the loser, the
-    longer ones. length_slope: of p_a on tanh(difference in length / its deviation); 0 is unbiased. agreement: between judges.
-    """
-    kinds = Counter(outcome_of(item) for item in judged)
-    decided = sum(kinds[kind] for kind in VerdictKind if kind is not VerdictKind.UNDECIDED)
-    p_first = [b.outcome.p_left for item in judged for b in item.final if isinstance(b.outcome, Decided)]
-    winners = [p for p in p_first if p != 0.5]
-    return {
-        "yield": rate(kinds[VerdictKind.WINNER], len(judged)),
-        "consistency": rate(decided - kinds[VerdictKind.INCONSISTENT], decided),
-        "first_position_win_rate": rate(sum(p > 0.5 for p in winners), len(winners)),
-        "tie_rate": rate(kinds[VerdictKind.TIE], decided),
-        **_of_length(judged, lengths or {}),
-        **({"agreement": found} if (found := agreement(judged)) else {}),
-    }
-
-
-def _of_length(judged: Sequence[Judged], lengths: Mapping[str, int]) -> dict[str, float | None]:
-    verdicts = [item.judgement.verdict for item in judged]
-    known = [v for v in verdicts if v is not None and v.p_a is not None and {v.a_id, v.b_id} <= lengths.keys()]
-    more = [lengths[verdict.a_id] - lengths[verdict.b_id] for verdict in known]
-    wins = [(d > 0) == (v.winner_id == v.a_id) for d, v in zip(more, known, strict=True) if d and v.winner_id]
-    return {
-        "longer_win_rate": rate(sum(wins), len(wins)),
-        "length_slope": _slope(more, [verdict.p_a or 0.0 for verdict in known]),
-    }
-
-
-def _slope(more: Sequence[int], p_a: Sequence[float]) -> float | None:
+def _slope(more: Sequence[float], p_a: Sequence[float]) -> float | None:
     """None where no two lengths differ. Both presentations of a pair are one point each, so the line goes through (0, 0.5)."""
     spread = math.sqrt(fmean(d * d for d in more)) if more else 0.0
     if spread == 0:
@@ -80,28 +98,31 @@ def _slope(more: Sequence[int], p_a: Sequence[float]) -> float | None:
     return sum(xi * (p - 0.5) for xi, p in zip(x, p_a, strict=True)) / sum(xi * xi for xi in x)
 
 
-def agreement(judged: Sequence[Judged]) -> dict[str, dict[str, float | int | None]]:
-    """Per pair of judges: comparisons that both decided, share with the same word (a, b, neither), and Cohen's kappa of it."""
-    words: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for item in judged:
-        said = {one.judge: verdict_of(one, other) for one, other in zip(item.final[::2], item.final[1::2], strict=True)}
-        known = {judge: verdict.winner_id or "neither" for judge, verdict in said.items() if verdict.p_a is not None}
-        ab = {item.judgement.best_id: "best", item.judgement.worst_id: "worst"}
-        for one, other in combinations(sorted(known), 2):
-            words.setdefault((one, other), []).append((ab.get(known[one], "neither"), ab.get(known[other], "neither")))
+def agreement(words: Mapping[tuple[str, str], Counter[tuple[str, str]]]) -> dict[str, dict[str, float | int | None]]:
+    """Per pair of judges: comparisons that both decided, share with the same word (best, worst, neither), and Cohen's kappa of it."""
     return {
-        f"{one} and {other}": {"num": len(said), "agree": rate(sum(a == b for a, b in said), len(said)), "kappa": kappa(said)}
+        f"{one} and {other}": {
+            "num": said.total(),
+            "agree": rate(sum(num for (a, b), num in said.items() if a == b), said.total()),
+            "kappa": kappa(said),
+        }
         for (one, other), said in sorted(words.items())
     }
 
 
-def kappa(said: Sequence[tuple[str, str]]) -> float | None:
+def kappa(said: Counter[tuple[str, str]]) -> float | None:
     """Cohen, 1960: (agreement - chance) / (1 - chance). None where chance alone would agree always."""
-    if not said:
+    total = said.total()
+    if not total:
         return None
-    one, other = Counter(a for a, _ in said), Counter(b for _, b in said)
-    chance = sum(one[word] * other[word] for word in one) / len(said) ** 2
-    return None if chance == 1 else (sum(a == b for a, b in said) / len(said) - chance) / (1 - chance)
+    one: Counter[str] = Counter()
+    other: Counter[str] = Counter()
+    for (a, b), num in said.items():
+        one[a] += num
+        other[b] += num
+    chance = sum(one[word] * other[word] for word in one) / total**2
+    seen = sum(num for (a, b), num in said.items() if a == b) / total
+    return None if chance == 1 else (seen - chance) / (1 - chance)
 
 
 def rate(num: int, of: int) -> float | None:

@@ -174,7 +174,8 @@ async def compare_all(
         calls = f"{spaced(jury.num_asked)} calls, {spaced(jury.num_known)} known"
         say(f"grade: {spaced(num_done)}/{spaced(len(jobs))} comparisons, {calls}")
 
-    made = await for_each(jobs, work, concurrency=jury.concurrency, report=report)
+    made: list[tuple[Comparison, tuple[Ballot, ...]]] = []
+    await for_each(jobs, work, made.append, concurrency=jury.concurrency, report=report)
     made.sort(key=lambda pair: references.index(pair[0].vs))
     return [comparison for comparison, _ in made], [ballot for _, ballots in made for ballot in ballots]
 

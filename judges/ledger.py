@@ -83,7 +83,7 @@ class Row(NamedTuple):
 class _Write(Generic[Made]):
     """A change that waits for its turn's transaction."""
 
-    def __init__(self, change: Callable[[sqlite3.Connection], Made], done: asyncio.Future[Made]) -> None:
+    def __init__(self, change: Callable[[sqlite3.Connection], Made], done: asyncio.Future[Made] | None) -> None:
         self._change, self._done = change, done
         self._made: Made | DpoLoopError
 
@@ -94,7 +94,7 @@ class _Write(Generic[Made]):
             self._made = error
 
     def tell(self, failure: BaseException | None = None) -> None:
-        if self._done.done() or self._done.get_loop().is_closed():
+        if self._done is None or self._done.done() or self._done.get_loop().is_closed():
             return
         if failure is not None:
             self._done.set_exception(failure)
@@ -163,12 +163,18 @@ class Ledger:
         A change is queued at once and made even if nobody waits for it any more. It may raise a DpoLoopError before it has changed
         anything; any other error undoes the whole transaction and reaches all of its writers.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Made] = loop.create_future()
-        if not self._queue:
-            loop.call_soon(self._commit)
-        self._queue.append(_Write(change, done))
+        done: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
+        self._add(_Write(change, done))
         return done
+
+    def queue(self, change: Callable[[sqlite3.Connection], None]) -> None:
+        """As `write`, for a change that nobody waits for: if its transaction fails, those who wait for theirs hear of it."""
+        self._add(_Write(change, None))
+
+    def _add(self, write: _Write[Any]) -> None:
+        if not self._queue:
+            asyncio.get_running_loop().call_soon(self._commit)
+        self._queue.append(write)
 
     def read(self, look: Callable[[sqlite3.Connection], Made]) -> Made:
         """Of what is committed, and of this turn's changes."""

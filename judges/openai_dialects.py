@@ -119,19 +119,25 @@ class _Response(Lax):
 
 
 class OpenAIDialect(SdkDialect):
+    """The body goes through `extra_body`, as it is: the SDK walks every other parameter through its types, which costs more than the rest of a call."""
+
     def __init__(self, config: OpenAIJudge | OpenAICompatibleJudge | VllmLabelJudge) -> None:
         super().__init__(config, openai)
-        self.client = openai.AsyncOpenAI(
-            api_key=self.key, base_url=config.base_url, max_retries=0, timeout=config.attempt_timeout_s, organization="", project=""
-        )
         self._rubric = load_rubric(config.rubric)
+
+    def connect(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            api_key=self.key,
+            base_url=self.config.base_url,
+            max_retries=0,
+            timeout=self.config.attempt_timeout_s,
+            organization="",
+            project="",
+        )
 
     @property
     def identity(self) -> Mapping[str, Any]:
         return {"rationale": self.config.rationale, **self._rubric.identity}
-
-    async def aclose(self) -> None:
-        await self.client.close()
 
 
 class ResponsesDialect(OpenAIDialect):
@@ -150,7 +156,7 @@ class ResponsesDialect(OpenAIDialect):
         }
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
-        return await self.client.responses.with_raw_response.create(**body, extra_headers=headers)
+        return await self.client.responses.with_raw_response.create(extra_body=body, extra_headers=headers)
 
     def read(self, payload: bytes, request: JudgeRequest) -> Answer:
         try:
@@ -205,7 +211,8 @@ class ChatDialect(OpenAIDialect):
         return body
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
-        return await self.client.chat.completions.with_raw_response.create(**body, extra_headers=headers)
+        create = self.client.chat.completions.with_raw_response.create
+        return await create(model=self.config.model, messages=[], extra_body=body, extra_headers=headers)
 
     def read(self, payload: bytes, request: JudgeRequest) -> Answer:
         completion = read_completion(self, payload)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from dpo_loop.artifacts import Stage
 from dpo_loop.errors import CorruptArtifactError
 from dpo_loop.exchange import BALLOTS, DROPPED, JUDGEMENTS, read_completions, read_prompts
-from dpo_loop.files import write_jsonl
+from dpo_loop.files import jsonl_writer, write_jsonl
 from dpo_loop.progress import say
-from dpo_loop.types import FinishReason, Prompt, PromptJudgement, StageOutcome, content_id
+from dpo_loop.types import FinishReason, Prompt, PromptJudgement, StageOutcome, VerdictKind, content_id
 from judges.asker import Candidate
 from judges.budget import Accounts
 from judges.config import Judge, JudgingConfig, Selection, VerifierJudge, members_of
-from judges.figures import Judged, figures, outcome_of, spaced, tally, unique
+from judges.figures import Figures, Judged, outcome_of, spaced, unique
 from judges.jury import Jury, open_jury
 from judges.prefilter import why_filtered
 from judges.selection import select
@@ -59,15 +59,22 @@ async def _run(
     filtered: list[dict[str, str]] = []
     if is_filtered(judge, judging):
         candidates, filtered = _filtered(prompts, candidates)
-    async with open_jury(judge, accounts) as jury:
-        judged = await judge_prompts(jury, prompts, candidates, seed=seed, selection=judging.selection)
-        calls = jury.figures()
-    write_jsonl(out / JUDGEMENTS, (item.judgement for item in judged))
-    write_jsonl(out / BALLOTS, unique(ballot for item in judged for ballot in (*item.selecting, *item.final)))
-    write_jsonl(out / DROPPED, filtered)
     lengths = {answer.id: len(answer.text) for answers in candidates.values() for answer in answers}
+    figures = Figures(lengths)
+    with jsonl_writer(out / JUDGEMENTS) as write_judgement, jsonl_writer(out / BALLOTS) as write_ballot:
+
+        def take(judged: Judged) -> None:
+            figures.add(judged)
+            write_judgement(judged.judgement)
+            for ballot in unique((*judged.selecting, *judged.final)):
+                write_ballot(ballot)
+
+        async with open_jury(judge, accounts) as jury:
+            await judge_prompts(jury, prompts, candidates, take, seed=seed, selection=judging.selection)
+            calls = jury.figures()
+    write_jsonl(out / DROPPED, filtered)
     why = dict(sorted(Counter(row["reason"] for row in filtered).items()))
-    return StageOutcome(tallies=(tally(judged),), metrics=figures(judged, lengths) | {"filtered_answers": why} | calls)
+    return StageOutcome(tallies=(figures.tally(),), metrics=figures.metrics() | {"filtered_answers": why} | calls)
 
 
 def is_filtered(judge: Judge, judging: JudgingConfig) -> bool:
@@ -104,23 +111,25 @@ async def judge_prompts(
     jury: Jury,
     prompts: Sequence[Prompt],
     candidates: dict[str, list[Candidate]],
+    take: Callable[[Judged], None],
     *,
     seed: int,
     selection: Selection = DEFAULT.selection,
-) -> list[Judged]:
-    """One Judged per prompt, in the order of `prompts`; prompts without an entry in `candidates` have nothing to compare."""
-    seen: Counter[str] = Counter()
+) -> None:
+    """take: gets one Judged per prompt, in the order of `prompts`; prompts without an entry in `candidates` have nothing to compare."""
+    num_winners = 0
 
     async def work(prompt: Prompt) -> Judged:
+        nonlocal num_winners
         judged = await judge_prompt(jury, prompt, candidates.get(prompt.id, []), seed=seed, selection=selection)
-        seen[outcome_of(judged)] += 1
+        num_winners += outcome_of(judged) == VerdictKind.WINNER
         return judged
 
     def report(num_done: int) -> None:
         calls = f"{spaced(jury.num_asked)} calls, {spaced(jury.num_known)} known"
-        say(f"judge: {spaced(num_done)}/{spaced(len(prompts))} prompts, {calls}, {spaced(seen['winner'])} with a winner")
+        say(f"judge: {spaced(num_done)}/{spaced(len(prompts))} prompts, {calls}, {spaced(num_winners)} with a winner")
 
-    return await for_each(prompts, work, concurrency=jury.concurrency, report=report)
+    await for_each(prompts, work, take, concurrency=jury.concurrency, report=report)
 
 
 async def judge_prompt(

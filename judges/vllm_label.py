@@ -53,7 +53,8 @@ class LabelDialect(OpenAIDialect):
             "max_completion_tokens": 1,
             "temperature": 0.0,
             "logprobs": True,
-            "extra_body": {"return_tokens_as_token_ids": True, "chat_template_kwargs": {"enable_thinking": False}},
+            "return_tokens_as_token_ids": True,
+            "chat_template_kwargs": {"enable_thinking": False},
         }
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
@@ -61,8 +62,9 @@ class LabelDialect(OpenAIDialect):
             if not self._ids:
                 self._ids = {label: await self._id_of(label) for label in (*PAIR, *GRADES)}
         labels = PAIR if _TASK[PAIR] in body["messages"][1]["content"] else GRADES
-        extra = body["extra_body"] | {"logprob_token_ids": [self._ids[label] for label in labels]}
-        return await self.client.chat.completions.with_raw_response.create(**body | {"extra_body": extra}, extra_headers=headers)
+        body = body | {"logprob_token_ids": [self._ids[label] for label in labels]}
+        create = self.client.chat.completions.with_raw_response.create
+        return await create(model=self.config.model, messages=[], extra_body=body, extra_headers=headers)
 
     async def _id_of(self, label: str) -> int:
         """Raises JudgeError where a label is not one token of the model."""

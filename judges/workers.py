@@ -14,34 +14,42 @@ REPORT_EVERY_S = 5.0
 
 
 async def for_each(
-    items: Sequence[Item], work: Callable[[Item], Awaitable[Made]], *, concurrency: int, report: Callable[[int], None]
-) -> list[Made]:
-    """work(item) for all items, at most `concurrency` at once; what they made, in the order of `items`.
+    items: Sequence[Item],
+    work: Callable[[Item], Awaitable[Made]],
+    take: Callable[[Made], None],
+    *,
+    concurrency: int,
+    report: Callable[[int], None],
+) -> None:
+    """take(work(item)) for all items: the work at most `concurrency` at once, the taking in the order of `items`, as early as that allows.
 
     report(number done) is called every five seconds and at the end. The first error stops the taking of new items; those under
     way come to their end, so that no paid reply is thrown away, then the error is raised.
     """
     made: dict[int, Made] = {}
+    num_taken = 0
     waiting = iter(range(len(items)))
     errors: list[BaseException] = []
     reported_at = time.monotonic()
 
     async def worker() -> None:
-        nonlocal reported_at
+        nonlocal num_taken, reported_at
         for index in waiting:
             if errors:
                 return
             try:
                 made[index] = await work(items[index])
+                while num_taken in made:
+                    take(made.pop(num_taken))
+                    num_taken += 1
             except Exception as error:
                 errors.append(error)
                 return
             if time.monotonic() - reported_at >= REPORT_EVERY_S:
                 reported_at = time.monotonic()
-                report(len(made))
+                report(num_taken + len(made))
 
     await asyncio.gather(*(worker() for _ in range(min(concurrency, len(items)))))
     if errors:
         raise errors[0]
-    report(len(made))
-    return [made[index] for index in range(len(items))]
+    report(len(items))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 
 from dpo_loop.types import Ballot, Decided, Outcome, PromptJudgement
-from judges.figures import Judged, agreement, figures, kappa
+from judges.figures import Figures, Judged, kappa
 from judges.verdict import panel_verdict_of, verdict_of
 
 A, B, TIE = Decided(p_left=1.0), Decided(p_left=0.0), Decided(p_left=0.5)
@@ -28,6 +30,13 @@ def judged(prompt: str, *votes: tuple[str, Outcome, Outcome]) -> Judged:
     verdict = verdict_of(*cast[0]) if len(cast) == 1 else panel_verdict_of(cast, min_families=1)
     judgement = PromptJudgement(prompt_id=prompt, best_id=f"{prompt}-a", worst_id=f"{prompt}-b", verdict=verdict)
     return Judged(judgement, tuple(ballot for pair in cast for ballot in pair), ())
+
+
+def figures(items: list[Judged], lengths: dict[str, int]) -> dict[str, Any]:
+    added = Figures(lengths)
+    for item in items:
+        added.add(item)
+    return added.metrics()
 
 
 def test_a_judge_that_likes_length_shows() -> None:
@@ -53,7 +62,7 @@ def test_agreement_is_told_for_each_two_judges() -> None:
         judged("r", ("x", B, A), ("y", B, A)),
         judged("s", ("x", TIE, TIE), ("y", A, A)),
     ]
-    found = agreement(items)
+    found = figures(items, {})["agreement"]
     assert list(found) == ["x and y"]
     # Words of x: best 2, worst 1, neither 1; of y: best 1, worst 2, neither 1. Chance = (2 + 2 + 1) / 16, seen 3 / 4.
     assert found["x and y"] == {"num": 4, "agree": 0.75, "kappa": pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16))}
@@ -61,7 +70,7 @@ def test_agreement_is_told_for_each_two_judges() -> None:
 
 
 def test_kappa_knows_chance() -> None:
-    assert kappa([("a", "a"), ("b", "b")]) == 1.0
-    assert kappa([("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")]) == 0.0
-    assert kappa([("a", "a")]) is None
-    assert kappa([]) is None
+    assert kappa(Counter([("a", "a"), ("b", "b")])) == 1.0
+    assert kappa(Counter([("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")])) == 0.0
+    assert kappa(Counter([("a", "a")])) is None
+    assert kappa(Counter([])) is None

@@ -19,7 +19,7 @@ from dpo_loop.types import Decided, FinishReason, Outcome, PreferencePair, Promp
 from judges.asker import Asker, Candidate
 from judges.budget import Accounts
 from judges.config import VerifierJudge
-from judges.figures import Judged, figures, tally
+from judges.figures import Figures, Judged
 from judges.ledger import Ledger
 from judges.stage import judge_prompts, judge_stage
 from judges.verdict import verdict_of
@@ -36,7 +36,16 @@ def judged_by(opinion: Opinion, texts: list[list[str]], *, seed: int = 0, ledger
     }
     with Ledger(ledger) as book:
         asker = Asker(Opinionated(opinion), book)
-        return prompts, asyncio.run(judge_prompts(asker, prompts, candidates, seed=seed))
+        judged: list[Judged] = []
+        asyncio.run(judge_prompts(asker, prompts, candidates, judged.append, seed=seed))
+        return prompts, judged
+
+
+def figures_of(judged: list[Judged]) -> Figures:
+    figures = Figures()
+    for item in judged:
+        figures.add(item)
+    return figures
 
 
 def labels(prompts: list[Prompt], judged: list[Judged], texts: list[list[str]]) -> dict[str, tuple[str, str]]:
@@ -71,7 +80,7 @@ def test_no_judge_however_erratic_makes_a_label_that_both_orders_do_not_state(
     for chosen, rejected in labels(prompts, judged, texts).values():
         assert opinion(chosen, rejected) == Decided(p_left=1.0)
         assert opinion(rejected, chosen) == Decided(p_left=0.0)
-    counted = tally(judged)
+    counted = figures_of(judged).tally()
     assert counted.total == len(texts) == sum(counted.parts.values())
     assert counted.parts["nothing_to_compare"] == sum(len(set(answers)) < 2 for answers in texts)
     for item in judged:
@@ -113,7 +122,7 @@ def test_a_judge_that_only_sees_position_makes_no_label(tmp_path: Path, first_wi
     texts = [["a", "b", "c", "d"]] * 20
     prompts, judged = judged_by(lambda left, right: Decided(p_left=float(first_wins)), texts, ledger=tmp_path / "l.sqlite")
     assert labels(prompts, judged, texts) == {}
-    seen = figures(judged)
+    seen = figures_of(judged).metrics()
     assert (seen["yield"], seen["consistency"], seen["first_position_win_rate"]) == (0.0, 0.0, float(first_wins))
 
 
@@ -123,7 +132,9 @@ def test_four_answers_cost_six_calls_and_a_repeat_costs_none(tmp_path: Path) -> 
     answers = {prompt.id: [Candidate(text, text) for text in "abcd"]}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         for _ in range(2):
-            [judged] = asyncio.run(judge_prompts(Asker(judge, ledger), [prompt], answers, seed=0))
+            found: list[Judged] = []
+            asyncio.run(judge_prompts(Asker(judge, ledger), [prompt], answers, found.append, seed=0))
+    [judged] = found
     assert (judged.judgement.best_id, judged.judgement.worst_id) == ("a", "d")
     assert len(set(judge.asked)) == len(judge.asked) <= 6
     assert {("a", "d"), ("d", "a")} <= set(judge.asked)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dpo_loop.types import Decided, Graded, Outcome, Undecided, UndecidedReason
 from judges.asker import Asker, Candidate
 from judges.config import Knockout, Pointwise, RoundRobin, Selection
+from judges.figures import Judged
 from judges.ledger import Ledger
 from judges.selection import extremes, select
 from judges.stage import judge_prompts
@@ -37,7 +38,9 @@ def test_every_selection_finds_best_and_worst_at_its_price(tmp_path: Path, selec
     prompt = make_prompt("Question")
     answers = {prompt.id: [Candidate(text, text) for text in "cadb"]}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        [judged] = asyncio.run(judge_prompts(Asker(judge, ledger), [prompt], answers, seed=3, selection=selection))
+        found: list[Judged] = []
+        asyncio.run(judge_prompts(Asker(judge, ledger), [prompt], answers, found.append, seed=3, selection=selection))
+    [judged] = found
     verdict = judged.judgement.verdict
     assert verdict is not None
     assert (verdict.winner_id, verdict.loser_id) == ("d", "a")
