@@ -9,6 +9,7 @@
     │   ├── CorruptArtifactError              a published file differs from its recorded hash
     │   ├── StorageError                      disk full, directory read-only
     │   ├── BudgetExceededError               a call that would go over a cap was not made; resumes when the cap is raised
+    │   ├── JudgeUnfitError                   a judge failed its self-test, so the round does not start
     │   └── DecisionError                     approve/reject of something that does not wait for it
     ├── BusyError                   exit 75   another process holds the stage or the run (retryable)
     ├── ServerUnavailableError      exit 75   the Prefect API that is configured does not answer (retryable)
@@ -73,6 +74,10 @@ class StorageError(InputError):
 
 
 class BudgetExceededError(InputError):
+    pass
+
+
+class JudgeUnfitError(InputError):
     pass
 
 

@@ -22,6 +22,9 @@ from pathlib import Path
 STAGES_OF_ROUND_0 = ("world", "seed", "evalset", "answer", "grade", "report")
 STAGES = ("prompts", "generate", "judge", "pair", "train", "answer", "grade", "gate", "report")
 
+JUDGE_TEST = "judgetest"
+"""The first stage of every round whose judge is no program."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoundDir:

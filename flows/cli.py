@@ -64,6 +64,11 @@ def _config_options(command: Command) -> Command:
     return command
 
 
+_risk_option = click.option(
+    "--accept-judge-risk", "accepted", metavar="REASON", help="Play although the judge fails its self-test; kept with the round."
+)
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dpo-loop")
 def main() -> None:
@@ -90,17 +95,23 @@ def demo(overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> N
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_config_options
-def run(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:
+@_risk_option
+def run(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool, accepted: str | None) -> None:
     """Play the rounds of CONFIG, or go on with them, until a stop rule says stop."""
-    _play(config, overrides, skip_bad_prompts, as_json, one_round=False)
+    _play(config, _with_risk(overrides, accepted), skip_bad_prompts, as_json, one_round=False)
 
 
 @main.command(name="round")
 @click.argument("config", type=click.Path(path_type=Path))
 @_config_options
-def one_more_round(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:
+@_risk_option
+def one_more_round(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool, accepted: str | None) -> None:
     """Play one more round of CONFIG, whatever its stop rules say."""
-    _play(config, overrides, skip_bad_prompts, as_json, one_round=True)
+    _play(config, _with_risk(overrides, accepted), skip_bad_prompts, as_json, one_round=True)
+
+
+def _with_risk(overrides: tuple[str, ...], accepted: str | None) -> tuple[str, ...]:
+    return overrides if accepted is None else (*overrides, f"judge_test.accept_risk={json.dumps(accepted)}")
 
 
 def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:
@@ -136,6 +147,17 @@ def estimate(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, a
         click.echo(line)
     if as_json:
         click.echo(json.dumps(told))
+
+
+@main.command(name="judge-test")
+@click.argument("config", type=click.Path(path_type=Path))
+@_config_options
+def test_of_judge(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:  # noqa: ARG001 - options of all configs
+    """Ask the judge of CONFIG what is known, and say whether it is fit. Exit code 0 fit, 10 unfit, 2 it could not be asked."""
+    from flows.config import load_config
+    from flows.judgetest import judge_test
+
+    sys.exit(judge_test(load_config(config, overrides), as_json=as_json))
 
 
 @main.command()

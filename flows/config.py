@@ -32,6 +32,7 @@ from dpo_loop.config import (
 from dpo_loop.errors import ConfigError
 from judges.budget import BudgetConfig
 from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single
+from judges.selftest.config import JudgeTestConfig
 
 WORLD_PREFIX = "world:"
 
@@ -50,6 +51,7 @@ class RunConfig(Settings):
             "review_timeout_s",
             "start",
             "budget",
+            "judge_test",
         }
     )
     run_id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)
@@ -62,6 +64,7 @@ class RunConfig(Settings):
     generation: GenerationConfig
     judge: Judge
     judging: JudgingConfig = JudgingConfig()
+    judge_test: JudgeTestConfig = JudgeTestConfig()
     budget: BudgetConfig = BudgetConfig()
     pairing: PairingConfig = PairingConfig()
     training: TrainingConfig

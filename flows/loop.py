@@ -16,7 +16,7 @@ from prefect.states import Completed
 
 from dpo_loop.artifacts import read_manifest
 from dpo_loop.errors import InvalidRoundError
-from dpo_loop.layout import RunDir
+from dpo_loop.layout import JUDGE_TEST, RunDir
 from flows.approval import decision_of, how_to_decide
 from flows.artifacts import publish_round
 from flows.config import ConfigFile, RunConfig, apply_overrides, read_raw
@@ -91,6 +91,8 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
     elif not is_made(run, round_number):
         if not is_published(run, round_number, "gate"):
             try:
+                if JUDGE_TEST in stages_of(config, round_number):
+                    stage(JUDGE_TEST)
                 stage("prompts")
                 stage("generate")
                 stage("judge")

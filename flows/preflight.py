@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from dpo_loop.config import JsonlPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import ConfigError, InputError
-from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0
+from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
 from flows.steps import import_from_here
@@ -318,7 +318,7 @@ def _gate_problems(config: RunConfig) -> Iterator[str]:
 
 def _stage_python_problems(config: RunConfig) -> Iterator[str]:
     for stage, python in config.stage_python.items():
-        if stage not in {*STAGES, *STAGES_OF_ROUND_0}:
+        if stage not in {*STAGES, *STAGES_OF_ROUND_0, JUDGE_TEST}:
             yield f"stage_python.{stage}: there is no such stage; stages are {', '.join(dict.fromkeys((*STAGES_OF_ROUND_0, *STAGES)))}"
         elif shutil.which(python) is None:
             yield f"stage_python.{stage}: {python} is not a program here"

@@ -37,6 +37,10 @@ def stage_of(run: RunDir, name: str, *, invalid: bool, accounts: Accounts | None
             from judges.stage import judge_stage
 
             return judge_stage(accounts or Accounts(run.ledger))
+        case "judgetest":
+            from judges.selftest.stage import judgetest_stage
+
+            return judgetest_stage(accounts or Accounts(run.ledger))
         case "pair":
             from dpo_loop.pairing.stage import PAIR
 

@@ -14,22 +14,24 @@ from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, r
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
 from dpo_loop.files import read_json
-from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
+from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
 from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
 from flows.failures import class_of, read_failure, record_failure
 from flows.stages import stage_of, version_of
 from judges.budget import Accounts
+from judges.selftest.config import is_tested
 
 # --------------------------------------------------------------------------------------------------------- which stages
 
 
 def stages_of(config: RunConfig, round_number: int) -> tuple[str, ...]:
     """The stages of a round in order."""
+    tested = (JUDGE_TEST,) if is_tested(config.judge, config.judge_test) else ()
     if round_number > 0:
-        return STAGES
-    return tuple(name for name in STAGES_OF_ROUND_0 if name != "world" or config.world is not None)
+        return (*tested, *STAGES)
+    return (*tested, *(name for name in STAGES_OF_ROUND_0 if name != "world" or config.world is not None))
 
 
 def read_run_config(run: RunDir) -> RunConfig:
@@ -132,6 +134,10 @@ def _inputs(run: RunDir, round_number: int, name: str, config: RunConfig, invali
                 "judging": config.judging,
                 "seed": config.seed,
             }
+        case "judgetest":
+            from judges.selftest.golden import load_golden
+
+            return {"judge": config.judge, "test": config.judge_test, "golden_sha256": load_golden().sha256}
         case "pair":
             return {
                 "prompts": here.stage("prompts"),

@@ -7,7 +7,7 @@ from typing import Any
 from dpo_loop.artifacts import read_manifest
 from dpo_loop.exchange import PAIRS, read_comparisons, read_gate_report, read_grades, read_prompts
 from dpo_loop.files import read_json
-from dpo_loop.layout import RunDir
+from dpo_loop.layout import JUDGE_TEST, RunDir
 from dpo_loop.policies import read_blessing
 from dpo_loop.types import GateReport, GateState, RoundManifest, RoundSummary
 from flows.config import RunConfig
@@ -62,6 +62,7 @@ def summarise(run: RunDir, round_number: int, *, promoted: bool) -> RoundSummary
         seconds={name: manifest.seconds for name, manifest in made.items()},
         report=str(here.report_page.relative_to(run.path)) if "report" in made else None,
         reasons=() if gate is None else gate.reasons,
+        accepted_judge_risk=made[JUDGE_TEST].outcome.metrics["accepted_risk"] if JUDGE_TEST in made else None,
         **(_rates(run, round_number) if "grade" in made else _NO_RATES),
     )
 

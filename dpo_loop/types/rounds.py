@@ -70,3 +70,5 @@ class RoundSummary(Record):
     report: str | None
     """Path of the round's report page."""
     reasons: tuple[str, ...] = ()
+    accepted_judge_risk: str | None = None
+    """Why the round was played with a judge that failed its self-test; None where it was fit."""
