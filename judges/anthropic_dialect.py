@@ -65,10 +65,10 @@ class MessagesDialect(SdkDialect):
         super().__init__(config, anthropic)
         self._rubric = load_rubric(config.rubric)
 
-    def connect(self) -> anthropic.AsyncAnthropic:
+    def connect(self, http: Any) -> anthropic.AsyncAnthropic:
         # `ANTHROPIC_AUTH_TOKEN` and profile files are looked at only where no key is given.
         return anthropic.AsyncAnthropic(
-            api_key=self.key, base_url=self.config.base_url, max_retries=0, timeout=self.config.attempt_timeout_s
+            api_key=self.key, base_url=self.config.base_url, max_retries=0, timeout=self.config.attempt_timeout_s, http_client=http
         )
 
     @property

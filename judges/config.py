@@ -37,7 +37,7 @@ class RemoteJudge(Settings):
     rubric: str = "helpfulness"
     rationale: bool = True
     max_output_tokens: int = Field(1_024, ge=1)
-    concurrency: int = Field(64, ge=1)
+    concurrency: int = Field(64, ge=1, le=1_000)
     start_concurrency: int = Field(8, ge=1)
     attempt_timeout_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(180.0, gt=0)

@@ -4,6 +4,8 @@
     after it one more per clean window; never above `most`
     a rate limit: times 0.7, once per episode. Calls that were sent before a cut cannot cause another
     `retry-after` of one call holds all calls back
+    turns are spread over the time that calls take: replies that come together would else be followed by calls that go together, for ever,
+    and both sides would work in bursts and wait between them
 
 An outage opens the circuit: after max(10, 2 x limit) failures in a row one call at a time is let through, after pauses of 1 s that
 double up to 30 s, until one succeeds.
@@ -25,6 +27,12 @@ CUT = 0.7
 FEWEST_FAILURES = 10
 FIRST_PROBE_S = 1.0
 LONGEST_PROBE_S = 30.0
+SMOOTHING = 0.1
+"""Weight of the newest call in the time that calls take."""
+PACE = 0.8
+"""Of the even distance between turns (a call's time over the limit), so that it never is what keeps a call waiting."""
+CATCH_UP_S = 0.01
+"""Turns that a busy event loop gave late are made up for, up to so much."""
 
 
 class Limiter:
@@ -39,6 +47,9 @@ class Limiter:
         self._under_way = 0
         self._line: deque[asyncio.Future[int]] = deque()
         self._not_before = 0.0
+        self._takes_s = 0.0
+        """A call that succeeds, smoothed; 0 until one has."""
+        self._next_turn_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._failures = 0
         self._probe_s = 0.0
@@ -82,16 +93,18 @@ class Limiter:
         self._wake()
 
     def _wake(self) -> None:
-        wait_s = self._not_before - time.monotonic()
-        if wait_s > 0:
-            if self._timer is None and self._line:
-                self._timer = asyncio.get_running_loop().call_later(wait_s, self._on_time)
-            return
+        now = time.monotonic()
         room = 1 if self.is_open else max(1, int(self._limit))
         while self._line and self._under_way < room:
+            wait_s = max(self._not_before, self._next_turn_at) - now
+            if wait_s > 0:
+                if self._timer is None:
+                    self._timer = asyncio.get_running_loop().call_later(wait_s, self._on_time)
+                return
             turn = self._line.popleft()
             if not turn.done():
                 self._under_way += 1
+                self._next_turn_at = max(self._next_turn_at, now - CATCH_UP_S) + PACE * self._takes_s / room
                 turn.set_result(self._episode)
 
     def _on_time(self) -> None:
@@ -100,8 +113,9 @@ class Limiter:
 
     # ------------------------------------------------------------------------------------------------------------ reports
 
-    def succeeded(self) -> None:
+    def succeeded(self, took_s: float) -> None:
         self._failures, self._probe_s, self.troubled_since = 0, 0.0, None
+        self._takes_s += SMOOTHING * (took_s - self._takes_s) if self._takes_s else took_s
         self._clean += 1
         if self._clean >= self._limit:
             self._clean = 0
@@ -139,21 +153,23 @@ class Limiter:
 class Slot:
     """One call's turn. No report at all is neutral: the reply was of no use, the server is well."""
 
-    __slots__ = ("_episode", "_limiter")
+    __slots__ = ("_episode", "_limiter", "_started")
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
         self._episode = 0
+        self._started = 0.0
 
     async def __aenter__(self) -> Slot:
         self._episode = await self._limiter.enter()
+        self._started = time.monotonic()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._limiter.leave()
 
     def succeeded(self) -> None:
-        self._limiter.succeeded()
+        self._limiter.succeeded(time.monotonic() - self._started)
 
     def rate_limited(self, retry_after_s: float | None) -> None:
         """429. retry_after_s: what the server asks for."""

@@ -125,7 +125,7 @@ class OpenAIDialect(SdkDialect):
         super().__init__(config, openai)
         self._rubric = load_rubric(config.rubric)
 
-    def connect(self) -> openai.AsyncOpenAI:
+    def connect(self, http: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
             api_key=self.key,
             base_url=self.config.base_url,
@@ -133,6 +133,7 @@ class OpenAIDialect(SdkDialect):
             timeout=self.config.attempt_timeout_s,
             organization="",
             project="",
+            http_client=http,
         )
 
     @property

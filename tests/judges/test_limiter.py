@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judges.limiter import CUT, FEWEST_FAILURES, Limiter, Slot, limiter_of
+from judges.limiter import CATCH_UP_S, CUT, FEWEST_FAILURES, PACE, Limiter, Slot, limiter_of
 
 
 def limit_of(limiter: Limiter) -> int:
@@ -72,6 +72,26 @@ def test_all_wait_as_long_as_one_was_told_to() -> None:
         started = time.monotonic()
         await asyncio.gather(*(hold(limiter, 1, Slot.succeeded) for _ in range(5)))
         assert time.monotonic() - started >= 0.29
+
+    run(work)
+
+
+def test_calls_that_wait_together_are_sent_spread_over_the_time_a_call_takes() -> None:
+    async def work() -> None:
+        limiter = Limiter(start=10, most=10)
+        entered: list[float] = []
+
+        async def call() -> None:
+            async with limiter.slot() as slot:
+                entered.append(time.monotonic())
+                await asyncio.sleep(0.3)
+                slot.succeeded()
+
+        await call()
+        await asyncio.gather(*(call() for _ in range(10)))
+        first, *others = sorted(entered)[1:]
+        assert others[-1] - first >= PACE * 0.3 * 9 / 10 - CATCH_UP_S
+        assert others[-1] - first < 0.3, "pacing keeps no call waiting for another's end"
 
     run(work)
 
