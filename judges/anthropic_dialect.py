@@ -16,7 +16,7 @@ from dpo_loop.types import Undecided, UndecidedReason, Usage
 from judges.backend import JudgeRequest
 from judges.ballot import parse_reply
 from judges.config import AnthropicJudge
-from judges.dialect import Answer, Billing, SdkDialect, malformed, without_lengths
+from judges.dialect import Answer, Billing, Dialect, malformed, without_lengths
 from judges.rubric import load_rubric, render, schema_of
 
 _TRUNCATED = {"max_tokens", "model_context_window_exceeded"}
@@ -60,7 +60,9 @@ class _Message(_Lax):
     usage: _Usage | None = None
 
 
-class MessagesDialect(SdkDialect):
+class MessagesDialect(Dialect):
+    path = "/v1/messages"
+
     def __init__(self, config: AnthropicJudge) -> None:
         super().__init__(config, anthropic)
         self._rubric = load_rubric(config.rubric)

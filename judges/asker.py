@@ -15,6 +15,7 @@ from judges.ballot import ballot_of
 from judges.budget import Purse
 from judges.ledger import Claim, Ledger
 from judges.verdict import verdict_of
+from judges.workers import all_of
 
 KEY_VERSION = 1
 LOOK_AGAIN_S = 0.2
@@ -66,6 +67,10 @@ class Asker:
     def concurrency(self) -> int:
         return self._backend.spec.concurrency
 
+    @property
+    def in_waves(self) -> bool:
+        return self._backend.spec.in_waves
+
     async def ask(self, prompt: Prompt, left: Candidate, right: Candidate, *, replicate: int = 0) -> Ballot:
         return await self._look(prompt, left, right, replicate)
 
@@ -86,8 +91,11 @@ class Asker:
         self, prompt: Prompt, one: Candidate, other: Candidate, *, replicate: int = 0
     ) -> tuple[Verdict, tuple[Ballot, ...]]:
         """The verdict between two answers, from a ballot in each order: the only way to a label."""
-        first = await self.ask(prompt, one, other, replicate=replicate)
-        second = await self.ask(prompt, other, one, replicate=replicate)
+        looks = [
+            lambda: self.ask(prompt, one, other, replicate=replicate),
+            lambda: self.ask(prompt, other, one, replicate=replicate),
+        ]
+        first, second = await all_of(looks, at_once=self.in_waves)
         return verdict_of(first, second), (first, second)
 
     def figures(self) -> dict[str, Any]:

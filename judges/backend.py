@@ -15,6 +15,7 @@ from pydantic import Field
 from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
 from judges.config import (
     AnthropicJudge,
+    ApiBatch,
     OpenAICompatibleJudge,
     OpenAIJudge,
     RemoteJudge,
@@ -22,11 +23,15 @@ from judges.config import (
     Single,
     VerifierJudge,
     VllmLabelJudge,
+    VllmRunBatch,
 )
 
 if TYPE_CHECKING:
+    from judges.batches.vendor import BatchVendor
     from judges.budget import Purse
     from judges.dialect import Dialect
+    from judges.ledger import Ledger
+    from judges.remote import Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class BackendSpec:
     """name: shown in ballots. identity: all that may change an answer, as JSON; it is part of every key.
 
     concurrency: calls that may be under way at once. is_instant: a free local function, whose calls need no claim in the ledger.
-    family: of models it is one of, "" where nobody said.
+    family: of models it is one of, "" where nobody said. in_waves: an answer takes so long that calls should not wait for one another.
     """
 
     name: str
@@ -78,6 +83,7 @@ class BackendSpec:
     concurrency: int
     is_instant: bool = False
     family: str = ""
+    in_waves: bool = False
 
 
 class Backend(Protocol):
@@ -92,7 +98,7 @@ class Backend(Protocol):
     async def aclose(self) -> None: ...
 
 
-def open_backend(config: Single, purse: Purse) -> Backend:
+def open_backend(config: Single, purse: Purse, ledger: Ledger) -> Backend:
     """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment, no price."""
     if isinstance(config, VerifierJudge):
         from judges.verifier import VerifierBackend
@@ -104,7 +110,32 @@ def open_backend(config: Single, purse: Purse) -> Backend:
         return RewardModelBackend(config)
     from judges.remote import RemoteBackend
 
-    return RemoteBackend(config, _dialect_of(config), purse)
+    dialect = _dialect_of(config)
+    return RemoteBackend(config, dialect, _sender_of(config, dialect, purse, ledger))
+
+
+def _sender_of(config: RemoteJudge, dialect: Dialect, purse: Purse, ledger: Ledger) -> Sender:
+    if config.batch is None:
+        from judges.direct import DirectSender
+
+        return DirectSender(config, dialect, purse)
+    from judges.batches.sender import BatchSender
+
+    vendor: BatchVendor
+    match config.batch:
+        case VllmRunBatch():
+            from judges.batches.run_batch import RunBatch
+
+            vendor = RunBatch(config.model, config.batch, ledger.path)
+        case ApiBatch() if isinstance(config, AnthropicJudge):
+            from judges.batches.anthropic import AnthropicBatches
+
+            vendor = AnthropicBatches(dialect)
+        case ApiBatch():
+            from judges.batches.openai import OpenAIBatches
+
+            vendor = OpenAIBatches(dialect)
+    return BatchSender(config, config.batch, dialect, vendor, purse, ledger)
 
 
 def _dialect_of(config: RemoteJudge) -> Dialect:

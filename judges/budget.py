@@ -6,7 +6,7 @@
 
 A cap holds for reserved + spent + kept, over all processes of the run: the totals are rows of the ledger's file, changed in its
 transactions, one row per owner (an open ledger) and round. What a killed process had reserved stays in its row, so it counts for
-ever: its calls may have been billed.
+ever: its calls may have been billed. A batch has a row of its own, so that whoever reads it, in whatever process, ends what was reserved.
 
 A call that would go over a cap waits while calls of this process are under way, since most of them settle lower than they were
 reserved; when none is left it is refused. It does not wait for other processes, of which it cannot know how long they take.
@@ -38,6 +38,9 @@ BYTES_PER_TOKEN = 2.5
 HEADROOM = 1.05
 """On a ratio that was learnt from one call, for the next one."""
 NO_ROUND = -1
+BATCH_PREFIX = "batch "
+"""Of a row that a batch owns, before the id of its plan."""
+Change = Callable[[sqlite3.Connection], None]
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS money (
@@ -53,6 +56,9 @@ CREATE TABLE IF NOT EXISTS money (
 _CHANGE = """
 UPDATE money SET reserved_nano = reserved_nano + ?, spent_nano = spent_nano + ?, kept_nano = kept_nano + ?, calls = calls + ?
 WHERE owner = ? AND round = ?
+"""
+_END_BATCH = """
+UPDATE money SET reserved_nano = 0, spent_nano = ?, kept_nano = max(kept_nano, reserved_nano / max(1, calls) * ?), calls = ? WHERE owner = ?
 """
 _TOTALS = """
 SELECT total(reserved_nano + spent_nano + kept_nano), total(calls), total((reserved_nano + spent_nano + kept_nano) * (round = :round)),
@@ -106,6 +112,8 @@ class Purse:
         self._prices = accounts.budget.price_list()
         self._ratios: dict[str, float] = {}
         self._under_way = 0
+        self._batches: set[str] = set()
+        """Plans that this process reserved and that are under way."""
         self._in_line = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -125,16 +133,41 @@ class Purse:
         """Raises InputError for a model that is not in the price list; to be asked before the first call."""
         return self._prices.of(model)
 
-    async def reserve(
-        self, model: str | None, body_bytes: int, max_output_tokens: int, *, num: int = 1, at_batch_price: bool = False
-    ) -> Reservation:
-        """Set aside the most that `num` calls can cost: bytes of all their bodies together, output tokens of each.
+    async def reserve(self, model: str | None, body_bytes: int, max_output_tokens: int) -> Reservation:
+        """Set aside the most that a call can cost.
 
         model None costs nothing and counts as calls only. Raises BudgetExceededError before anything is sent, and InputError for a
         model without a price.
         """
-        price = FREE if model is None else self._prices.of(model)
-        made = Reservation(self, model, price, body_bytes, num, at_batch_price, max_output_tokens)
+        return await self._reserve(Reservation(self, model, self._price(model), body_bytes, max_output_tokens))
+
+    async def reserve_batch(
+        self, plan: str, model: str | None, body_bytes: int, max_output_tokens: int, num: int, also: Change
+    ) -> None:
+        """Set aside the most that a batch can cost, of all its calls together, and make `also` in the same transaction. Ended by `end_batch`."""
+        price = self._price(model)
+        await self._reserve(
+            Reservation(self, model, price, body_bytes, max_output_tokens, num=num, owner=BATCH_PREFIX + plan, also=also)
+        )
+        self._batches.add(plan)
+
+    async def end_batch(self, plan: str, *, spent: int, num_billed: int, num_unknown: int, also: Change) -> None:
+        """Nano-dollars that its answered calls cost, and how many may have cost something else; whichever process reserved it. Once is as good as twice."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_END_BATCH, (spent, num_unknown, num_billed, BATCH_PREFIX + plan))
+            also(db)
+            if plan in self._batches:
+                self._batches.discard(plan)
+                self._under_way -= 1
+                self._changed.set()
+
+        await self._ledger.write(work)
+
+    def _price(self, model: str | None) -> Price:
+        return FREE if model is None else self._prices.of(model)
+
+    async def _reserve(self, made: Reservation) -> Reservation:
         try:
             await self._wait_for_room(made)
         except BaseException:
@@ -165,7 +198,7 @@ class Purse:
         }
 
     def _sum(self, rows: list[tuple[str, int, int, int, int, int]]) -> dict[str, Any]:
-        never = sum(row[4] + (0 if self._ledger.is_alive(row[0]) else row[2]) for row in rows)
+        never = sum(row[4] + (0 if row[0].startswith(BATCH_PREFIX) or self._ledger.is_alive(row[0]) else row[2]) for row in rows)
         return {
             "spent_usd": to_usd(sum(row[3] for row in rows)),
             "under_way_usd": to_usd(sum(row[2] + row[4] for row in rows) - never),
@@ -190,7 +223,11 @@ class Purse:
                 or _over(self._budget.calls_per_round, round_calls, made.num, "calls_per_round")
             )
             if over is None:
-                self._change(db, Totals(reserved=made.nano, calls=made.num))
+                if made.owner:
+                    db.execute("INSERT OR IGNORE INTO money (owner, round) VALUES (?, ?)", (made.owner, self._round))
+                self._change(db, made.owner, Totals(reserved=made.nano, calls=made.num))
+                if made.also is not None:
+                    made.also(db)
                 made.state = "open"
                 self._under_way += 1
             return over
@@ -200,19 +237,19 @@ class Purse:
     def _give_up(self, made: Reservation) -> None:
         """Of one that was cancelled or refused while it asked for room: what is queued for it does nothing, what was set aside goes back."""
         if made.state == "open":
-            self.end(Totals(reserved=-made.nano, calls=-made.num))
+            self.end(Totals(reserved=-made.nano, calls=-made.num), made.owner)
         made.state = "ended"
 
     def _bound(self, made: Reservation) -> int:
         ratio = self._ratios.get(made.model or "", 1.0)
         input_tokens = math.ceil(made.body_bytes / BYTES_PER_TOKEN * ratio)
-        return made.price.most(input_tokens, made.num * made.max_output_tokens, at_batch_price=made.at_batch_price)
+        return made.price.most(input_tokens, made.max_output_tokens, at_batch_price=bool(made.owner))
 
-    def end(self, change: Totals) -> None:
+    def end(self, change: Totals, owner: str = "") -> None:
         """Of one reservation. Not waited for: it goes into the transaction that keeps the reply, and if that fails, the money stays set aside."""
 
         def work(db: sqlite3.Connection) -> None:
-            self._change(db, change)
+            self._change(db, owner, change)
             self._under_way -= 1
             self._changed.set()
 
@@ -224,8 +261,8 @@ class Purse:
         if seen > self._ratios.get(model, 1.0):
             self._ratios[model] = seen * HEADROOM
 
-    def _change(self, db: sqlite3.Connection, by: Totals) -> None:
-        db.execute(_CHANGE, (by.reserved, by.spent, by.kept, by.calls, self._ledger.owner, self._round))
+    def _change(self, db: sqlite3.Connection, owner: str, by: Totals) -> None:
+        db.execute(_CHANGE, (by.reserved, by.spent, by.kept, by.calls, owner or self._ledger.owner, self._round))
 
 
 @dataclass(eq=False, slots=True)
@@ -236,19 +273,20 @@ class Reservation:
     model: str | None
     price: Price
     body_bytes: int
-    num: int
-    at_batch_price: bool
     max_output_tokens: int
+    num: int = 1
+    owner: str = ""
+    """Of a batch's row; "": this process's."""
+    also: Change | None = None
     nano: int = 0
     state: Literal["asked", "open", "ended"] = "asked"
 
-    async def settle(self, usage: Usage, *, num_billed: int | None = None) -> float:
-        """The dollars that the usage costs, also above what was reserved. num_billed: calls of a batch that were answered, else all."""
-        cost = self.price.of(usage, at_batch_price=self.at_batch_price)
+    async def settle(self, usage: Usage) -> float:
+        """The dollars that the usage costs, also above what was reserved."""
+        cost = self.price.of(usage)
         if self.model is not None:
             self.purse.learn(self.model, self.body_bytes, usage.input_tokens)
-        unbilled = 0 if num_billed is None else self.num - num_billed
-        await self._end(Totals(reserved=-self.nano, spent=cost, calls=-unbilled))
+        await self._end(Totals(reserved=-self.nano, spent=cost))
         return to_usd(cost)
 
     async def release(self) -> None:

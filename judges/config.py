@@ -16,6 +16,36 @@ class VerifierJudge(Settings):
     function: ModuleFunction
 
 
+class ApiBatch(Settings):
+    """Calls go in batches, which cost about half and are answered within a day, mostly within an hour.
+
+    A judge's calls come in waves (the rounds of a knockout, then both orders of the last pair), and each wave waits for the one before. gather_s:
+    without a new call for so long, those that are there are sent. poll_s: between two looks at a batch. hand_over_s: how long after a hand-over that was cut short the batch may still appear at the vendor.
+    """
+
+    kind: Literal["api"] = "api"
+    max_calls: int = Field(10_000, ge=1, le=50_000)
+    """In one batch, and prompts that are judged at once."""
+    gather_s: float = Field(2.0, gt=0)
+    poll_s: float = Field(30.0, gt=0)
+    hand_over_s: float = Field(60.0, ge=0)
+
+
+class VllmRunBatch(Settings):
+    """Calls go through `vllm run-batch` on this machine: no server, one start of the engine for each wave of calls.
+
+    weights: of the judge, a directory or a hub id; they are served under the judge's `model`. args: further ones of vLLM's command.
+    """
+
+    kind: Literal["vllm_run_batch"]
+    weights: str
+    args: tuple[str, ...] = ()
+    max_calls: int = Field(50_000, ge=1)
+    gather_s: float = Field(2.0, gt=0)
+    poll_s: float = Field(2.0, gt=0)
+    hand_over_s: float = Field(0.0, ge=0)
+
+
 class RemoteJudge(Settings):
     """What all judges behind a network share. api_key_env names an environment variable; the key itself is never stored.
 
@@ -27,7 +57,17 @@ class RemoteJudge(Settings):
     """
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"api_key_env", "concurrency", "start_concurrency", "attempt_timeout_s", "deadline_s", "max_attempts", "free", "outage_s"}
+        {
+            "api_key_env",
+            "batch",
+            "concurrency",
+            "start_concurrency",
+            "attempt_timeout_s",
+            "deadline_s",
+            "max_attempts",
+            "free",
+            "outage_s",
+        }
     )
     kind: str
     model: str
@@ -44,12 +84,14 @@ class RemoteJudge(Settings):
     max_attempts: int = Field(4, ge=1)
     free: bool = False
     outage_s: float = Field(120.0, ge=0)
+    batch: ApiBatch | VllmRunBatch | None = None
 
 
 class OpenAIJudge(RemoteJudge):
     """OpenAI's Responses API. base_url includes `/v1`."""
 
     kind: Literal["openai"]
+    batch: ApiBatch | None = None
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str = "OPENAI_API_KEY"
 
@@ -58,6 +100,7 @@ class OpenAICompatibleJudge(RemoteJudge):
     """Any server that speaks OpenAI chat completions with a JSON schema: vLLM and others. base_url includes `/v1`."""
 
     kind: Literal["openai_compatible"]
+    batch: Annotated[ApiBatch | VllmRunBatch, Field(discriminator="kind")] | None = None
     temperature: float | None = None
     """Sent only where it is set: newer models refuse it."""
 
@@ -66,6 +109,7 @@ class AnthropicJudge(RemoteJudge):
     """Anthropic's Messages API with structured output. base_url is without `/v1`."""
 
     kind: Literal["anthropic"]
+    batch: ApiBatch | None = None
     base_url: str = "https://api.anthropic.com"
     api_key_env: str = "ANTHROPIC_API_KEY"
 
@@ -77,6 +121,7 @@ class VllmLabelJudge(RemoteJudge):
     """
 
     kind: Literal["vllm_label"]
+    batch: None = None
     free: bool = True
     min_label_mass: float = Field(0.5, ge=0, le=1)
 

@@ -17,10 +17,11 @@ import asyncio
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -67,26 +68,7 @@ class Answer:
     is_hopeless: bool = False
 
 
-class Dialect(Protocol):
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """All of its settings that may change an answer, as JSON; part of every key."""
-        ...
-
-    def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]: ...
-
-    async def send(self, body: dict[str, Any], request: JudgeRequest, *, timeout_s: float) -> Answer:
-        """Raises JudgeError for what no further call can mend: credentials, quota, unknown model, a request refused as such."""
-        ...
-
-    def read(self, payload: bytes, request: JudgeRequest) -> Answer:
-        """What a body of status 200 says."""
-        ...
-
-    async def aclose(self) -> None: ...
-
-
-class SdkDialect:
+class Dialect(ABC):
     """Sends through a vendor's SDK with its own retries off, and classifies what it raises.
 
     The key, the base URL and the model come from the config alone, never from `OPENAI_*` or `ANTHROPIC_*` variables. Its connections are
@@ -100,45 +82,74 @@ class SdkDialect:
                 f"judge.api_key_env: the environment variable {config.api_key_env} is not set. Export the key of {config.base_url} under that name "
                 "(any word for a server that asks for none)."
             )
-        self.config, self.key, self._sdk = config, key, sdk
+        self.config, self.key, self.sdk = config, key, sdk
         self._lengths = True
         self.client = self.connect(sdk.DefaultAioHttpClient(timeout=config.attempt_timeout_s))
 
+    path: str
+    """Of the API, as the lines of OpenAI's batches name it."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """All of its settings that may change an answer, as JSON; part of every key."""
+
+    @abstractmethod
     def connect(self, http: Any) -> Any:
         """A client of the SDK over these connections."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        """The raw response of the SDK's `create`."""
+
+    @abstractmethod
+    def read(self, payload: bytes, request: JudgeRequest) -> Answer:
+        """What a body of status 200 says."""
 
     async def aclose(self) -> None:
         await self.client.close()
 
-    async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
-        """The raw response of the SDK's `create`."""
-        raise NotImplementedError
-
-    def read(self, payload: bytes, request: JudgeRequest) -> Answer:
-        raise NotImplementedError
-
     async def send(self, body: dict[str, Any], request: JudgeRequest, *, timeout_s: float) -> Answer:
+        """Raises JudgeError for what no further call can mend: credentials, quota, unknown model, a request refused as such."""
         # vLLM and others give no request id of their own; with this one a provider's log can be matched with the ledger.
         headers = {"X-Client-Request-Id": request.key}
         with_lengths = self._lengths
         try:
             # The SDK's time-out is per read, so a server that trickles bytes would never meet it.
             async with asyncio.timeout(timeout_s):
-                response = await self.post(body if with_lengths else without_lengths(body), headers)
+                response = await self.post(self.as_sent(body), headers)
         except TimeoutError:
             return Answer(unavailable(f"no reply within {timeout_s:g} s"), billing=Billing.UNKNOWN)
-        except self._sdk.APIStatusError as error:
-            if error.status_code == 400 and "maxLength" in error.message and with_lengths:
-                self._lengths = False  # OpenAI refuses it for fine-tuned models
+        except self.sdk.APIError as error:
+            if self.is_about_lengths(getattr(error, "status_code", 0), error.message) and with_lengths:
                 return await self.send(body, request, timeout_s=timeout_s)
-            return self.of_error(error.status_code, self._words(error), error.response.headers, error.request_id or "")
-        except self._sdk.APIConnectionError as error:
-            words = self.clean(f"{error} {error.__cause__ or ''}")
-            return Answer(unavailable(words), billing=Billing.UNKNOWN if _may_be_sent(error) else Billing.NOTHING)
+            return self.of_exception(error)
         answer = self.read(response.http_response.content, request)
         request_id = response.headers.get("x-request-id") or response.headers.get("request-id")
         return _named(answer, request_id) if request_id else answer
+
+    def as_sent(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A body in the form that this server takes, as far as is known."""
+        return body if self._lengths else dict(without_lengths(body))
+
+    def is_about_lengths(self, status: int, words: str) -> bool:
+        """Whether the server refuses limits of length in a schema, as OpenAI does for fine-tuned models. From then on none is sent."""
+        if status == 400 and "maxLength" in words:
+            self._lengths = False
+            return True
+        return False
+
+    def of_exception(self, error: Any) -> Answer:
+        """Of an APIError of the SDK. Raises JudgeError for what no further call can mend."""
+        if isinstance(error, self.sdk.APIStatusError):
+            return self.of_error(
+                error.status_code, words_of(error.body, error.message), error.response.headers, error.request_id or ""
+            )
+        words = self.clean(f"{error} {error.__cause__ or ''}")
+        return Answer(unavailable(words), billing=Billing.UNKNOWN if _may_be_sent(error) else Billing.NOTHING)
 
     def of_error(self, status: int, words: str, headers: Mapping[str, str], request_id: str = "") -> Answer:
         """words: all that the provider says, its codes included."""
@@ -182,15 +193,6 @@ class SdkDialect:
             malformed(f"the server answered 200 with something that is not {what}: {why}"), raw=text, billing=Billing.UNKNOWN
         )
 
-    def _words(self, error: Any) -> str:
-        """The provider's message, and its codes where the message does not repeat them."""
-        said = error.body.get("error", error.body) if isinstance(error.body, dict) else {}
-        said = said if isinstance(said, dict) else {}
-        message = str(said.get("message") or error.message.removeprefix(f"Error code: {error.status_code} - "))
-        codes = {str(code) for name in ("type", "code", "error_code") if (code := said.get(name))}
-        missing = sorted(code for code in codes if code not in message)
-        return f"{message} ({', '.join(missing)})" if missing else message
-
     def _way_out(self, status: int) -> str:
         match status:
             case 401 | 403:
@@ -201,6 +203,17 @@ class SdkDialect:
                 return "Check judge.model and judge.base_url: with the API's prefix (mostly /v1) for OpenAI's APIs, without it for Anthropic's."
             case _:
                 return "The server refuses the request itself, so every call would fail: check the judge's settings against its documentation."
+
+
+def words_of(body: Any, message: str = "") -> str:
+    """A provider's message, from the JSON of an error, and its codes where the message does not repeat them. message: where the JSON holds none."""
+    said = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(said, dict):
+        return re.sub(r"^Error code: \d+ - ", "", message) or str(said)
+    message = str(said.get("message") or re.sub(r"^Error code: \d+ - ", "", message) or said)
+    codes = {str(code) for name in ("type", "code", "error_code") if (code := said.get(name))}
+    missing = sorted(code for code in codes if code not in message)
+    return f"{message} ({', '.join(missing)})" if missing else message
 
 
 def _may_be_sent(error: Exception) -> bool:

@@ -99,6 +99,7 @@ def _rows(work: Work, budget: BudgetConfig) -> Iterator[Row]:
         likely_in = round(_body_bytes(member, work, answer_share=0.5) / LIKELY_BYTES_PER_TOKEN)
         most_in = round(_body_bytes(member, work, answer_share=1.0) / BYTES_PER_TOKEN)
         likely_out, most_out = _output_tokens(member)
+        in_batches = member.batch is not None
         yield Row(
             what=work.what,
             judge=f"{member.kind}:{member.model}",
@@ -106,8 +107,8 @@ def _rows(work: Work, budget: BudgetConfig) -> Iterator[Row]:
             calls_at_most=most,
             input_tokens=calls * likely_in,
             output_tokens=calls * likely_out,
-            usd=to_usd(calls * price.of(Usage(input_tokens=likely_in, output_tokens=likely_out))),
-            usd_at_most=to_usd(most * price.most(most_in, most_out)),
+            usd=to_usd(calls * price.of(Usage(input_tokens=likely_in, output_tokens=likely_out), at_batch_price=in_batches)),
+            usd_at_most=to_usd(most * price.most(most_in, most_out, at_batch_price=in_batches)),
         )
 
 

@@ -28,6 +28,11 @@ class Jury(Protocol):
         ...
 
     @property
+    def in_waves(self) -> bool:
+        """Calls of one prompt that need not wait for one another should not."""
+        ...
+
+    @property
     def num_asked(self) -> int:
         """Calls that were made."""
         ...
@@ -64,7 +69,7 @@ async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
         async with AsyncExitStack() as stack:
             backends = []
             for member in members_of(config):
-                backends.append(open_backend(member, purse))
+                backends.append(open_backend(member, purse, ledger))
                 stack.push_async_callback(backends[-1].aclose)
             if isinstance(config, PanelJudge):
                 yield Panel(config, [Asker(backend, ledger) for backend in backends], purse)

@@ -16,7 +16,7 @@ from dpo_loop.types import Undecided, UndecidedReason, Usage
 from judges.backend import JudgeRequest
 from judges.ballot import parse_reply
 from judges.config import OpenAICompatibleJudge, OpenAIJudge, VllmLabelJudge
-from judges.dialect import Answer, Billing, SdkDialect, malformed, unavailable
+from judges.dialect import Answer, Billing, Dialect, malformed, unavailable
 from judges.rubric import load_rubric, render, schema_of
 
 
@@ -118,8 +118,10 @@ class _Response(Lax):
     error: _Error | None = None
 
 
-class OpenAIDialect(SdkDialect):
+class OpenAIDialect(Dialect):
     """The body goes through `extra_body`, as it is: the SDK walks every other parameter through its types, which costs more than the rest of a call."""
+
+    path = "/v1/chat/completions"
 
     def __init__(self, config: OpenAIJudge | OpenAICompatibleJudge | VllmLabelJudge) -> None:
         super().__init__(config, openai)
@@ -143,6 +145,8 @@ class OpenAIDialect(SdkDialect):
 
 class ResponsesDialect(OpenAIDialect):
     """Judge of kind `openai`."""
+
+    path = "/v1/responses"
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:
         system, user = render(self._rubric, request)
@@ -234,7 +238,7 @@ class ChatDialect(OpenAIDialect):
         return chat_answer(completion, outcome)
 
 
-def read_completion(dialect: SdkDialect, payload: bytes) -> Completion | Answer:
+def read_completion(dialect: Dialect, payload: bytes) -> Completion | Answer:
     try:
         return Completion.model_validate_json(payload)
     except ValidationError as error:

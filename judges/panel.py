@@ -31,6 +31,10 @@ class Panel:
         return max(asker.concurrency for asker in self._askers)
 
     @property
+    def in_waves(self) -> bool:
+        return any(asker.in_waves for asker in self._askers)
+
+    @property
     def num_asked(self) -> int:
         return sum(asker.num_asked for asker in self._askers)
 

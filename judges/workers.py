@@ -53,3 +53,14 @@ async def for_each(
     if errors:
         raise errors[0]
     report(len(items))
+
+
+async def all_of(works: Sequence[Callable[[], Awaitable[Made]]], *, at_once: bool) -> list[Made]:
+    """What they make, in their order: one after the other, or at once. At once, all come to their end before the first error is raised."""
+    if not at_once:
+        return [await work() for work in works]
+    made = await asyncio.gather(*(work() for work in works), return_exceptions=True)
+    for each in made:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in made if not isinstance(each, BaseException)]

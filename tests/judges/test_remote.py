@@ -47,7 +47,7 @@ def ask(judge: RemoteJudge, *, times: int = 1) -> list[Reply]:
 
 async def with_backend(judge: RemoteJudge, use: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.sqlite") as ledger:
-        backend = open_backend(judge, await Purse.open(ledger, Accounts(ledger.path)))
+        backend = open_backend(judge, await Purse.open(ledger, Accounts(ledger.path)), ledger)
         try:
             return await use(backend)
         finally:

@@ -27,7 +27,7 @@ def spend(folder: Path, judge: OpenAICompatibleJudge, *, calls: int = 1, **caps:
     async def run() -> tuple[list[Reply], dict[str, Any]]:
         with Ledger(accounts.ledger) as ledger:
             purse = await Purse.open(ledger, accounts)
-            backend = open_backend(judge, purse)
+            backend = open_backend(judge, purse, ledger)
             try:
                 replies = [await backend.ask(REQUEST) for _ in range(calls)]
             finally:

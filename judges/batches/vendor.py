@@ -1,0 +1,132 @@
+"""The seam to whoever runs batches: a set of calls in, an id back, rows later.
+
+A *line* is one attempt of one call. A *plan* is one batch as we know it: an id of our own, written down with its lines before anything is
+sent. A *row* is what became of one line. A vendor sends, looks and reads; it keeps nothing, retries nothing and never decides what a row means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from dpo_loop.errors import JudgeError, JudgeUnavailableError
+from dpo_loop.types import Undecided
+from judges.dialect import Dialect
+
+NEVER_RAN = 0
+"""Status of a row that the vendor did not get to: expired, or not in its results. Nothing was billed for it."""
+NOT_TAKEN = -1
+"""Status of a row whose batch came to nothing as a whole: it may go into another one."""
+CALL_TIMEOUT_S = 600.0
+"""Of one call about a batch; the upload of a full one is the longest."""
+CLOCK_SKEW_S = 900
+"""How far the vendor's clock may be from ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """id: 64 hex digits, what the vendor calls the line. key: of the call in the ledger. body: as for a direct call."""
+
+    id: str
+    key: str
+    body: Mapping[str, Any]
+    max_output_tokens: int
+
+
+def line_id(key: str, attempt: int) -> str:
+    """The call's key for the first attempt; every attempt is a line of its own, so a repeat finds the rows of all of them."""
+    return key if attempt == 1 else hashlib.sha256(f"{key} {attempt}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """id: 64 hex digits. made_at: seconds since 1970, before anything was sent. vendor_id: once it is known."""
+
+    id: str
+    num_lines: int
+    num_bytes: int
+    made_at: float
+    vendor_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """status: as of a direct call (200: payload is the body of a reply), NEVER_RAN or NOT_TAKEN. payload: bytes of the body or of the error."""
+
+    line: str
+    status: int
+    payload: bytes = b""
+
+
+class BatchState(Enum):
+    RUNNING = "running"
+    ENDED = "ended"
+    """Rows can be read; after an expiry some never ran."""
+    CANCELLED = "cancelled"
+    """Somebody stopped it at the vendor; rows that ran can be read."""
+    FAILED = "failed"
+    """Refused as a whole, nothing ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """num_done: lines, where it is told. words: the vendor's, where something went wrong. may_pass: a failure that time mends (a full queue)."""
+
+    state: BatchState
+    num_done: int = 0
+    words: str = ""
+    may_pass: bool = False
+
+
+class BatchVendor(Protocol):
+    """Every method raises JudgeUnavailableError for what may pass (outage, rate limit, time-out) and JudgeError for what will not
+    (credentials, quota, a request that is refused as such), with the vendor's words."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Of one batch, as sent."""
+        ...
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a batch that `find` gives may be somebody else's, which only its rows can tell."""
+        ...
+
+    async def create(self, plan: Plan, lines: Sequence[Line]) -> str:
+        """Send the batch; its id at the vendor. After JudgeUnavailableError it may have been made all the same: look with `find`."""
+        ...
+
+    async def find(self, plan: Plan, known: Collection[str]) -> str | None:
+        """The id of a batch that was made for this plan though its id was never written down. known: ids that are of other plans."""
+        ...
+
+    async def look(self, vendor_id: str) -> Look: ...
+
+    def rows(self, vendor_id: str) -> AsyncIterator[Row]:
+        """In any order; some may be missing or come twice."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@contextmanager
+def saying(dialect: Dialect, what: str) -> Iterator[None]:
+    """Turns whatever the SDK raises about a batch into our two errors."""
+    where = f"judge {dialect.where} could not {what}"
+    try:
+        yield
+    except dialect.sdk.APIError as error:
+        try:
+            outcome = dialect.of_exception(error).outcome
+        except JudgeError as fatal:
+            raise JudgeError(f"{where}: {fatal} A server without a batch API needs `judge.batch` left out.") from error
+        words = outcome.detail if isinstance(outcome, Undecided) else ""
+        raise JudgeUnavailableError(f"{where}: {words}. What was judged is kept; run the same command again.") from error
+    except (ValueError, TypeError, AttributeError) as error:  # a 200 that is HTML, no JSON, or JSON of another shape
+        raise JudgeUnavailableError(
+            f"{where}: the server answered with something else ({error}). What was judged is kept; run the same command again."
+        ) from error

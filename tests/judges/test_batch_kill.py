@@ -1,0 +1,91 @@
+"""kill -9 while a round is judged in batches: no batch is sent twice, none is lost, and the verdicts are the same."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_loop.exchange import JUDGEMENTS
+from judges.config import RemoteJudge
+from tests.judges.batch_server import BatchServer
+from tests.judges.stub import Step
+from tests.judges.test_kill import judge_all
+from tests.judges.vendors import VENDORS
+from tests.judges.world import make_prompt, write_answers, write_prompts
+
+NUM_KILLS = 15
+KINDS = ["openai", "anthropic"]
+
+
+def arbitrary(kind: str) -> Callable[[str, dict[str, Any]], Step]:
+    """A verdict that follows from the line's id."""
+    texts = [VENDORS[kind].text(json.dumps({"rationale": "", "winner": winner})) for winner in "AB"]
+    return lambda line, body: texts[int(line[0], 16) % 2]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    prompts = [make_prompt(f"Question {number}") for number in range(30)]
+    write_prompts(tmp_path / "prompts", prompts)
+    write_answers(tmp_path / "generate", [(prompt, ["one", "two", "three", "four"]) for prompt in prompts])
+    return tmp_path
+
+
+def start(world: Path, judge: RemoteJudge) -> BaseProcess:
+    """A fresh fork of a server that has the SDKs loaded."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["tests.judges.test_batch_kill", "judges.openai_dialects", "judges.anthropic_dialect"])
+    child = fork.Process(target=judge_all, args=(world, world, judge))
+    child.start()
+    return child
+
+
+def assert_as_if_never_killed(world: Path, server: BatchServer) -> None:
+    judge_all(world, world, server.judge())
+    assert set(server.billed.values()) == {1}
+    killed = (world / "judge" / JUDGEMENTS).read_bytes()
+    judge_all(world, world / "uninterrupted", server.judge())
+    assert (world / "uninterrupted" / "judge" / JUDGEMENTS).read_bytes() == killed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_between_the_making_of_a_batch_and_its_id_pays_nothing_twice(world: Path, kind: str) -> None:
+    with BatchServer(kind, arbitrary(kind)) as server:
+        child: list[BaseProcess] = []
+
+        def kill() -> None:
+            if child and child[0].is_alive():
+                child[0].kill()
+                child[0].join()
+
+        server.created = kill
+        child.append(start(world, server.judge()))
+        child[0].join()
+        assert child[0].exitcode == -9
+        assert len(server.batches) == 1
+        server.created = lambda: None
+        judge_all(world, world, server.judge())
+        assert len(server.batches) == 4, "the first one was found again"
+        assert_as_if_never_killed(world, server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_at_random_moments_pay_nothing_twice_and_change_no_verdict(world: Path, kind: str) -> None:
+    moment = random.Random(5)
+    with BatchServer(kind, arbitrary(kind)) as server:
+        server.looks = 3
+        for _ in range(NUM_KILLS):
+            child = start(world, server.judge())
+            time.sleep(moment.uniform(0.05, 0.5))
+            child.kill()
+            child.join()
+        assert_as_if_never_killed(world, server)
