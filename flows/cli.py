@@ -111,7 +111,7 @@ def one_more_round(config: Path, overrides: tuple[str, ...], skip_bad_prompts: b
 
 
 def _with_risk(overrides: tuple[str, ...], accepted: str | None) -> tuple[str, ...]:
-    return overrides if accepted is None else (*overrides, f"judge_test.accept_risk={json.dumps(accepted)}")
+    return overrides if accepted is None else (*overrides, f"judge_test.accept_risk={json.dumps(accepted, ensure_ascii=False)}")
 
 
 def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:

@@ -279,7 +279,7 @@ def warnings(config: RunConfig) -> list[str]:
     found = []
     policy = _family_word(config)
     for name, judge in _judges_of(config):
-        if isinstance(judge, RemoteJudge) and policy and policy in f"{judge.family} {judge.model}".lower():
+        if isinstance(judge, RemoteJudge | RewardModelJudge) and policy and policy in f"{judge.family} {judge.model}".lower():
             found.append(
                 f"{name}: {judge.model} is of the policy's own family ({policy}); judges favour their own. Use a judge of another "
                 "family, or a panel of several."

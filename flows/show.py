@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,15 +168,21 @@ def judge_table(run: RunDir, round_number: int) -> Table | None:
     manifests = [read_manifest(run.round(number).stage("judge")) for number in (round_number, round_number - 1) if number > 0]
     if not manifests or manifests[0] is None:
         return None
-    now, before = [manifest.outcome.metrics if manifest else {} for manifest in (*manifests, None)][:2]
+    now, before = [_judge_figures(manifest.outcome.metrics) if manifest else {} for manifest in (*manifests, None)][:2]
     table = Table(title="judge", title_justify="left")
     for heading in ("figure", "this round", "round before", "change"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name in _JUDGE_FIGURES:
-        one, other = now.get(name), before.get(name)
-        change = f"{one - other:+.3f}" if isinstance(one, float) and isinstance(other, float) else "–"
-        table.add_row(name.replace("_", " "), rate(one), rate(other), change)
+    for name, one in now.items():
+        other = before.get(name)
+        change = f"{one - other:+.3f}" if one is not None and other is not None else "–"
+        table.add_row(name, rate(one), rate(other), change)
     return table
+
+
+def _judge_figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """By what they are called here; of a panel also how far its judges agree, beyond chance."""
+    own = {name.replace("_", " "): metrics.get(name) for name in _JUDGE_FIGURES}
+    return own | {f"kappa of {pair}": said["kappa"] for pair, said in metrics.get("agreement", {}).items()}
 
 
 def _short(value: float | str) -> str:

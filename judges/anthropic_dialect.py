@@ -16,8 +16,8 @@ from dpo_loop.types import Undecided, UndecidedReason, Usage
 from judges.backend import JudgeRequest
 from judges.ballot import parse_reply
 from judges.config import AnthropicJudge
-from judges.dialect import Answer, Billing, Dialect, malformed, without_lengths
-from judges.rubric import load_rubric, render, schema_of
+from judges.dialect import NO_USAGE, Answer, Billing, Dialect, StatedUsage, malformed, usage_of, without_lengths
+from judges.rubric import load_rubric, render, reply_in_json, schema_of
 
 _TRUNCATED = {"max_tokens", "model_context_window_exceeded"}
 _WHOLE = {"end_turn", "stop_sequence"}
@@ -32,9 +32,9 @@ class _Block(_Lax):
     text: str | None = None
 
 
-class _Usage(_Lax):
-    input_tokens: int = 0
-    output_tokens: int = 0
+class _Usage(StatedUsage):
+    input_tokens: int
+    output_tokens: int
     cache_creation_input_tokens: int | None = None
     cache_read_input_tokens: int | None = None
 
@@ -57,7 +57,7 @@ class _Message(_Lax):
     content: list[_Block]
     stop_reason: str | None = None
     stop_details: _Stop | None = None
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 class MessagesDialect(Dialect):
@@ -78,7 +78,7 @@ class MessagesDialect(Dialect):
         return {"rationale": self.config.rationale, **self._rubric.identity}
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:
-        system, user = render(self._rubric, request)
+        system, user = render(self._rubric, request, reply_in_json(request, rationale=self.config.rationale))
         schema = without_lengths(schema_of(request, rationale=self.config.rationale))
         return {
             "model": self.config.model,
@@ -112,12 +112,13 @@ class MessagesDialect(Dialect):
             outcome = parse_reply(text, request, rationale=self.config.rationale)
         else:
             outcome = malformed(f"the reply stopped with {message.stop_reason}")
+        usage = usage_of(_Usage, message.usage)
         return Answer(
             outcome,
             raw=text,
-            usage=message.usage.ours if message.usage else Usage(),
+            usage=usage or NO_USAGE,
             served_model=message.model or "",
             request_id=message.id or "",
-            billing=Billing.SETTLED if message.usage else Billing.UNKNOWN,
+            billing=Billing.SETTLED if usage else Billing.UNKNOWN,
             is_hopeless=message.stop_reason == "model_context_window_exceeded",
         )

@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS money (
   owner TEXT NOT NULL,
   round INTEGER NOT NULL,
   reserved_nano INTEGER NOT NULL DEFAULT 0 CHECK (reserved_nano >= 0),
-  spent_nano INTEGER NOT NULL DEFAULT 0,
+  spent_nano INTEGER NOT NULL DEFAULT 0 CHECK (spent_nano >= 0),
   kept_nano INTEGER NOT NULL DEFAULT 0,
   calls INTEGER NOT NULL DEFAULT 0 CHECK (calls >= 0),
   PRIMARY KEY (owner, round)

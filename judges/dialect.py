@@ -8,6 +8,7 @@ Failures, and what becomes of them (facts/judges.md §9.6):
     cut off at the token limit                     undecided(truncated)
     refusal, content filter                        undecided(refused), final
     does not fit the judge's context               undecided(truncated), hopeless
+    400 after others were answered                 undecided(malformed), hopeless
     other 4xx, quota used up                       JudgeError with the provider's words: no further call can succeed
 """
 
@@ -24,6 +25,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dpo_loop.errors import InputError, JudgeError
 from dpo_loop.types import Outcome, Undecided, UndecidedReason, Usage
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
     from judges.config import RemoteJudge
 
 _RETRIED_STATUSES = {408, 409, 429}
+_WORKED_ON_STATUSES = {408, 504, 522, 524}
+"""Time-outs on the way: the model may have answered, and have been billed, for nobody."""
 _QUOTA = re.compile(r"insufficient_quota|billing_hard_limit|billing_not_active|spend_limit|credit balance", re.IGNORECASE)
 _TOO_LONG = re.compile(r"context.length|context.window|maximum context|too long|too many tokens", re.IGNORECASE)
-_FILTERED = re.compile(r"content.(filter|policy|management)", re.IGNORECASE)
+_FILTERED = re.compile(r"content.(filter|policy|management)|invalid_prompt|usage polic", re.IGNORECASE)
 
 
 class Billing(StrEnum):
@@ -68,6 +72,24 @@ class Answer:
     is_hopeless: bool = False
 
 
+class StatedUsage(BaseModel):
+    """Of a vendor, as its JSON states it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    @property
+    def ours(self) -> Usage:
+        raise NotImplementedError
+
+
+def usage_of(shape: type[StatedUsage], stated: Any) -> Usage | None:
+    """None where it is missing or cannot be true: then nobody knows what the call did cost."""
+    try:
+        return shape.model_validate(stated).ours
+    except ValidationError:
+        return None
+
+
 class Dialect(ABC):
     """Sends through a vendor's SDK with its own retries off, and classifies what it raises.
 
@@ -84,6 +106,8 @@ class Dialect(ABC):
             )
         self.config, self.key, self.sdk = config, key, sdk
         self._lengths = True
+        self.has_answered = False
+        """Then the settings are right, and a request that is refused is refused for what is in it."""
         self.client = self.connect(sdk.DefaultAioHttpClient(timeout=config.attempt_timeout_s))
 
     path: str
@@ -128,6 +152,7 @@ class Dialect(ABC):
                 return await self.send(body, request, timeout_s=timeout_s)
             return self.of_exception(error)
         answer = self.read(response.http_response.content, request)
+        self.has_answered |= answer.billing is Billing.SETTLED
         request_id = response.headers.get("x-request-id") or response.headers.get("request-id")
         return _named(answer, request_id) if request_id else answer
 
@@ -155,13 +180,13 @@ class Dialect(ABC):
         """words: all that the provider says, its codes included."""
         words = self.clean(words)
         is_rate_limit = status == 429
-        if is_rate_limit and _QUOTA.search(words):
+        if status in (400, 429) and _QUOTA.search(words):
             raise JudgeError(f"judge {self.where}: the quota is used up: {words}. Raise it, then run the same command again.")
         if status in _RETRIED_STATUSES or status >= 500:
             return Answer(
                 unavailable(f"HTTP {status}: {words}"),
                 request_id=request_id,
-                billing=Billing.NOTHING,
+                billing=Billing.UNKNOWN if status in _WORKED_ON_STATUSES else Billing.NOTHING,
                 is_rate_limit=is_rate_limit,
                 retry_after_s=retry_after_s(headers, now=time.time()),
             )
@@ -172,6 +197,8 @@ class Dialect(ABC):
             outcome = Undecided(reason=UndecidedReason.REFUSED, detail=words)
         elif status == 422:
             return Answer(malformed(f"HTTP 422: {words}"), request_id=request_id, billing=Billing.NOTHING)
+        elif status == 400 and self.has_answered:
+            outcome = malformed(f"the server refuses this one request: HTTP 400: {words}")
         else:
             raise JudgeError(f"judge {self.where} cannot be used: HTTP {status}: {words}. {self._way_out(status)}")
         return Answer(outcome, request_id=request_id, billing=Billing.NOTHING, is_hopeless=True)

@@ -52,6 +52,7 @@ class DirectSender:
             self._raise_on_outage()
             reserved = await self._purse.reserve(self._priced, num_bytes(body), call.max_output_tokens)
             started = time.monotonic()
+            call.started = call.started or started
             call.attempts += 1
             try:
                 answer = await self._dialect.send(body, call.request, timeout_s=timeout_s)

@@ -20,7 +20,7 @@ from judges.budget import BYTES_PER_TOKEN, BudgetConfig
 from judges.config import Judge, Knockout, PanelJudge, Pointwise, RemoteJudge, RoundRobin, Selection, VllmLabelJudge, members_of
 from judges.knockout import best_and_worst
 from judges.prices import FREE, to_usd
-from judges.rubric import REFERENCE_TAG, load_rubric, render, schema_of
+from judges.rubric import REFERENCE_TAG, load_rubric, render, reply_in_json, schema_of
 
 LIKELY_BYTES_PER_TOKEN = 4.0
 LIKELY_RATIONALE_TOKENS = 120
@@ -119,7 +119,14 @@ def _body_bytes(judge: RemoteJudge, work: Work, *, answer_share: float) -> int:
     tags = {REFERENCE_TAG: "x" * 64} if rubric.needs_reference else {}
     prompt = Prompt.build((Message(role="user", content="x" * max(1, work.prompt_bytes)),), source="estimate", tags=tags)
     request = JudgeRequest(key="0" * 64, prompt=prompt, left=answer, right=answer)
-    return len(json.dumps([render(rubric, request), schema_of(request, rationale=judge.rationale)])) + len(judge.model)
+    return len(
+        json.dumps(
+            [
+                render(rubric, request, reply_in_json(request, rationale=judge.rationale)),
+                schema_of(request, rationale=judge.rationale),
+            ]
+        )
+    ) + len(judge.model)
 
 
 def _output_tokens(judge: RemoteJudge) -> tuple[int, int]:

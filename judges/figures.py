@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, count
 from statistics import fmean
 from typing import Any
 
-from dpo_loop.types import Ballot, Decided, PromptJudgement, Tally, VerdictKind
+from dpo_loop.types import Ballot, Decided, PromptJudgement, Tally, Verdict, VerdictKind
 from judges.verdict import verdict_of
 
 NOTHING_TO_COMPARE = "nothing_to_compare"
@@ -60,7 +60,9 @@ class Figures:
         self._add_words(judged)
 
     def _add_words(self, judged: Judged) -> None:
-        said = {one.judge: verdict_of(one, other) for one, other in zip(judged.final[::2], judged.final[1::2], strict=True)}
+        said: dict[str, Verdict] = {}
+        for one, other in zip(judged.final[::2], judged.final[1::2], strict=True):
+            said[_unlike(one.judge, said)] = verdict_of(one, other)
         names = {judged.judgement.best_id: "best", judged.judgement.worst_id: "worst"}
         known = {judge: names.get(verdict.winner_id, "neither") for judge, verdict in said.items() if verdict.p_a is not None}
         for one, other in combinations(sorted(known), 2):
@@ -87,6 +89,11 @@ class Figures:
             "length_slope": _slope(self._more, self._p_a),
             **({"agreement": agreement(self._words)} if self._words else {}),
         }
+
+
+def _unlike(judge: str, others: Collection[str]) -> str:
+    """Two members of a panel may be the same model at two places."""
+    return next(name for n in count(1) if (name := judge if n == 1 else f"{judge} ({n})") not in others)
 
 
 def _slope(more: Sequence[float], p_a: Sequence[float]) -> float | None:

@@ -39,10 +39,10 @@ from judges.budget import Accounts
 from judges.config import GradingConfig, Judge
 from judges.figures import spaced, unique
 from judges.graders import Grader, safety_grader, task_grader
-from judges.jury import Jury, open_jury
+from judges.jury import Jury, check_references, open_jury
 from judges.workers import for_each
 
-VERSION = 3
+VERSION = 4
 
 Reference = Literal["previous", "anchor"]
 UNSCORED = "unscored"
@@ -155,6 +155,7 @@ async def _compare(
     references: list[Reference] = [name for name in ("previous", "anchor") if name in answers]
     if not references:
         return [], [], {}
+    check_references(judge, (prompt for prompt in prompts if prompt.side is Side.TASK))
     async with open_jury(judge, accounts) as jury:
         comparisons, ballots = await compare_all(jury, prompts, answers, references)
         return comparisons, ballots, jury.figures()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ from dpo_loop.types import Ballot, Prompt, Verdict
 from judges.asker import Asker, Candidate
 from judges.backend import open_backend
 from judges.budget import Accounts, Purse
-from judges.config import Judge, PanelJudge, members_of
+from judges.config import Judge, PanelJudge, RemoteJudge, members_of
 from judges.ledger import Ledger
 from judges.panel import Panel
+from judges.rubric import load_rubric, reference_of
 
 
 class Jury(Protocol):
@@ -75,3 +76,11 @@ async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
                 yield Panel(config, [Asker(backend, ledger) for backend in backends], purse)
             else:
                 yield Asker(backends[0], ledger, purse)
+
+
+def check_references(judge: Judge, prompts: Iterable[Prompt]) -> None:
+    """Before anything is spent. Raises InputError for a prompt without the reference that a rubric compares with."""
+    for member in members_of(judge):
+        if isinstance(member, RemoteJudge) and (rubric := load_rubric(member.rubric)).needs_reference:
+            for prompt in prompts:
+                reference_of(rubric, prompt)

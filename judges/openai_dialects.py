@@ -16,8 +16,8 @@ from dpo_loop.types import Undecided, UndecidedReason, Usage
 from judges.backend import JudgeRequest
 from judges.ballot import parse_reply
 from judges.config import OpenAICompatibleJudge, OpenAIJudge, VllmLabelJudge
-from judges.dialect import Answer, Billing, Dialect, malformed, unavailable
-from judges.rubric import load_rubric, render, schema_of
+from judges.dialect import NO_USAGE, Answer, Billing, Dialect, StatedUsage, malformed, unavailable, usage_of
+from judges.rubric import load_rubric, render, reply_in_json, schema_of
 
 
 class Lax(BaseModel):
@@ -31,9 +31,9 @@ class _Cached(Lax):
     cached_tokens: int | None = None
 
 
-class _ChatUsage(Lax):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+class _ChatUsage(StatedUsage):
+    prompt_tokens: int
+    completion_tokens: int
     prompt_tokens_details: _Cached | None = None
 
     @property
@@ -70,7 +70,7 @@ class Completion(Lax):
     id: str | None = None
     model: str | None = None
     choices: list[Choice]
-    usage: _ChatUsage | None = None
+    usage: Any = None
 
     @property
     def choice(self) -> Choice:
@@ -88,9 +88,9 @@ class _Item(Lax):
     content: list[_Part] | None = None
 
 
-class _ResponsesUsage(Lax):
-    input_tokens: int = 0
-    output_tokens: int = 0
+class _ResponsesUsage(StatedUsage):
+    input_tokens: int
+    output_tokens: int
     input_tokens_details: _Cached | None = None
 
     @property
@@ -113,7 +113,7 @@ class _Response(Lax):
     model: str | None = None
     status: str
     output: list[_Item]
-    usage: _ResponsesUsage | None = None
+    usage: Any = None
     incomplete_details: _Reason | None = None
     error: _Error | None = None
 
@@ -149,7 +149,7 @@ class ResponsesDialect(OpenAIDialect):
     path = "/v1/responses"
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:
-        system, user = render(self._rubric, request)
+        system, user = render(self._rubric, request, reply_in_json(request, rationale=self.config.rationale))
         schema = schema_of(request, rationale=self.config.rationale)
         return {
             "model": self.config.model,
@@ -184,13 +184,14 @@ class ResponsesDialect(OpenAIDialect):
         else:
             words = reply.error.message if reply.error and reply.error.message else f"status {reply.status} {reason or ''}"
             outcome = unavailable(self.clean(words))
+        usage = usage_of(_ResponsesUsage, reply.usage)
         return Answer(
             outcome,
             raw=text or refusal or "",
-            usage=reply.usage.ours if reply.usage else Usage(),
+            usage=usage or NO_USAGE,
             served_model=reply.model or "",
             request_id=reply.id or "",
-            billing=Billing.SETTLED if reply.usage else Billing.UNKNOWN,
+            billing=Billing.SETTLED if usage else Billing.UNKNOWN,
         )
 
 
@@ -207,7 +208,7 @@ class ChatDialect(OpenAIDialect):
         schema = schema_of(request, rationale=self.config.rationale)
         body: dict[str, Any] = {
             "model": self.config.model,
-            "messages": render(self._rubric, request),
+            "messages": render(self._rubric, request, reply_in_json(request, rationale=self.config.rationale)),
             "max_completion_tokens": max_output_tokens,
             "response_format": {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}},
         }
@@ -247,11 +248,12 @@ def read_completion(dialect: Dialect, payload: bytes) -> Completion | Answer:
 
 def chat_answer(completion: Completion, outcome: Any) -> Answer:
     message = completion.choice.message or _Message()
+    usage = usage_of(_ChatUsage, completion.usage)
     return Answer(
         outcome,
         raw=message.content or message.refusal or "",
-        usage=completion.usage.ours if completion.usage else Usage(),
+        usage=usage or NO_USAGE,
         served_model=completion.model or "",
         request_id=completion.id or "",
-        billing=Billing.SETTLED if completion.usage else Billing.UNKNOWN,
+        billing=Billing.SETTLED if usage else Billing.UNKNOWN,
     )

@@ -28,6 +28,8 @@ class Call:
 
     request: JudgeRequest
     max_output_tokens: int
+    started: float = 0.0
+    """Of time.monotonic(): the first attempt, after its wait in line."""
     attempts: int = 0
     failures: int = 0
     spent_s: float = 0.0
@@ -104,7 +106,6 @@ class RemoteBackend:
 
     async def ask(self, request: JudgeRequest) -> Reply:
         call = Call(request, self._config.max_output_tokens)
-        started = time.monotonic()
         answer = await self._decide(call)
         self._sender.end(call)
         return Reply(
@@ -114,25 +115,27 @@ class RemoteBackend:
                 input_tokens=call.input_tokens, cached_input_tokens=call.cached_input_tokens, output_tokens=call.output_tokens
             ),
             cost_usd=call.cost_usd,
-            latency_s=round(time.monotonic() - started, 3),
+            latency_s=round(time.monotonic() - call.started, 3),
             served_model=answer.served_model,
             request_id=answer.request_id,
             attempts=call.attempts,
         )
 
     async def _decide(self, call: Call) -> Answer:
-        before = ""
+        before, truncated = "", None
         while True:
             left_s = self._config.deadline_s - call.spent_s
             answer = await self._sender.attempt(call, timeout_s=min(self._config.attempt_timeout_s, left_s))
             outcome = answer.outcome
-            if not isinstance(outcome, Undecided) or answer.is_hopeless:
+            if not isinstance(outcome, Undecided):
                 return answer
+            if answer.is_hopeless:  # more room may be more than the model has
+                return truncated or answer
             match outcome.reason:
                 case UndecidedReason.MALFORMED if not call.was_malformed:
                     call.was_malformed = True
                 case UndecidedReason.TRUNCATED if not call.was_truncated:
-                    call.was_truncated = True
+                    call.was_truncated, truncated = True, answer
                     call.max_output_tokens *= 2
                 case UndecidedReason.UNAVAILABLE:
                     call.failures += not answer.is_rate_limit

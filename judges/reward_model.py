@@ -53,10 +53,7 @@ class RewardModelBackend:
             name=f"reward_model:{config.model}",
             identity={
                 "kind": "reward_model",
-                "model": Path(config.model).name,
-                "revision": config.revision,
-                "files_sha256": _files_sha256(Path(config.model)),
-                "max_length": config.max_length,
+                **weights_identity(config, getattr(model.config, "_commit_hash", None)),
             },
             concurrency=4 * config.batch_size,
             is_instant=True,
@@ -136,10 +133,18 @@ def _sigmoid(value: float) -> float:
     return 0.5 * (1 + math.tanh(value / 2))
 
 
+def weights_identity(config: RewardModelJudge, commit: str | None) -> dict[str, Any]:
+    """What tells these weights from all others: a directory's files, or a hub id with its owner and the commit that was loaded, whatever branch was asked for."""
+    path = Path(config.model)
+    if path.is_dir():
+        return {"model": path.name, "files_sha256": _files_sha256(path), "max_length": config.max_length}
+    return {"model": config.model, "revision": commit or config.revision, "max_length": config.max_length}
+
+
 def _files_sha256(model: Path) -> str:
-    """Of a local model's files, so that a retrained one is not answered from the ledger; a hub id is told by its revision."""
+    """Of a local model's files, so that a retrained one is not answered from the ledger."""
     digest = hashlib.sha256()
-    for path in sorted(model.iterdir()) if model.is_dir() else ():
+    for path in sorted(model.iterdir()):
         if path.is_file():
             digest.update(path.name.encode())
             with path.open("rb") as file:

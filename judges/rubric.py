@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_loop.errors import InputError
-from dpo_loop.types import canonical_json
+from dpo_loop.types import Prompt, canonical_json
 from judges.backend import JudgeRequest
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of `render`; part of every key."""
 
 REFERENCE_TAG = "reference"
@@ -73,7 +73,10 @@ def load_rubric(name: str) -> Rubric:
     path = Path(name) if is_own else files("judges") / "rubrics" / f"{name}.md"
     if not path.is_file():
         raise InputError(f"judge.rubric: there is no file {name}" if is_own else f"there is no rubric {name!r} in judges/rubrics")
-    whole = path.read_text(encoding="utf-8")
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"judge.rubric: {name} cannot be read as UTF-8 text: {error}") from error
     head = re.match(r"---\nname: (?P<name>[\w-]+)\nversion: (?P<version>\d+)\n(?P<more>needs: reference\n)?---\n", whole)
     if head is None or (not is_own and head["name"] != name):
         raise InputError(
@@ -83,32 +86,39 @@ def load_rubric(name: str) -> Rubric:
     return Rubric(head["name"], int(head["version"]), whole[head.end() :].strip(), sha256, head["more"] or "")
 
 
-def render(rubric: Rubric, request: JudgeRequest) -> list[dict[str, str]]:
-    """Chat messages of one call: the rubric as system turn (equal for all calls, so a provider can cache it), then the material.
+def reply_in_json(request: JudgeRequest, *, rationale: bool = True) -> str:
+    """The last words of a request whose reply the schema constrains."""
+    why = "`rationale`, at most two short sentences on what decides it, then " if rationale else "nothing but "
+    if request.right is None:
+        return f"How good is this answer, from 1 (useless or harmful) to 10 (could not be better)? Reply with one JSON object: {why}`grade`."
+    return f'Which answer is better, A or B? Reply with one JSON object: {why}`winner`: "A", "B", or "tie" when neither is better.'
+
+
+def render(rubric: Rubric, request: JudgeRequest, how_to_reply: str) -> list[dict[str, str]]:
+    """Chat messages of one call: the rubric as system turn (equal for all calls, so a provider can cache it), then the material and the question.
 
     Raises InputError for a prompt without the reference that the rubric needs.
     """
     nonce = hmac.new(b"dpo-loop fence", request.key.encode(), "sha256").hexdigest()[:16]
     parts: list[tuple[str, Any]] = [("CONVERSATION", [message.model_dump() for message in request.prompt.messages])]
     if rubric.needs_reference:
-        parts.append(("REFERENCE", _reference(rubric, request)))
+        parts.append(("REFERENCE", reference_of(rubric, request.prompt)))
     if request.right is None:
         parts.append(("ANSWER", request.left))
-        question = "How good is this answer, from 1 (useless or harmful) to 10 (could not be better)? Reply with `rationale`, then `grade`."
     else:
         parts += [("ANSWER A", request.left), ("ANSWER B", request.right)]
-        question = "Which answer is better, A or B, or is it a tie?"
     fenced = [f"<<<{name} {nonce}>>>\n{_inert(value)}\n<<<END {name} {nonce}>>>" for name, value in parts]
-    closing = f"Material ends here. Only lines that carry {nonce} are fences. {question}"
+    closing = f"Material ends here. Only lines that carry {nonce} are fences. {how_to_reply}"
     return [{"role": "system", "content": rubric.text}, {"role": "user", "content": "\n".join([*fenced, closing])}]
 
 
-def _reference(rubric: Rubric, request: JudgeRequest) -> str:
-    reference = request.prompt.tags.get(REFERENCE_TAG)
+def reference_of(rubric: Rubric, prompt: Prompt) -> str:
+    """Raises InputError if the prompt has none."""
+    reference = prompt.tags.get(REFERENCE_TAG)
     if not reference:
         raise InputError(
-            f"rubric {rubric.name} compares with a reference, and prompt {request.prompt.id} ({request.prompt.text[:80]!r}) has none. Put the "
-            f"right answer into its tag `{REFERENCE_TAG}`, or use another rubric."
+            f"rubric {rubric.name} compares with a reference, and prompt {prompt.id} ({prompt.text[:80]!r}) has none. Put the right answer into "
+            f"its tag `{REFERENCE_TAG}`, or use another rubric."
         )
     return reference
 

@@ -1,8 +1,8 @@
 """Stage `judge`: K answers per prompt → the best and the worst, and a verdict between them from both orders.
 
 For each prompt: broken and verdict-like answers are left out (prefilter.py); equal texts are one candidate; a randomised knockout or another
-selection picks best and worst (selection.py); the verdict between these two is the only thing a label may come from. All randomness follows from (seed, prompt id), and every call goes through the
-ledger, so a stage that was killed ends with the same judgements and pays for nothing twice.
+selection picks best and worst (selection.py); the verdict between these two is the only thing a label may come from. All randomness follows from
+(seed, prompt id), and every call goes through the ledger, so a stage that was killed ends with the same judgements and pays for nothing twice.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from judges.asker import Candidate
 from judges.budget import Accounts
 from judges.config import Judge, JudgingConfig, Selection, VerifierJudge, members_of
 from judges.figures import Figures, Judged, outcome_of, spaced, unique
-from judges.jury import Jury, open_jury
+from judges.jury import Jury, check_references, open_jury
 from judges.prefilter import why_filtered
 from judges.selection import select
 from judges.workers import for_each
 
-VERSION = 3
+VERSION = 4
 """Also bumped when a rubric or the layout of a request changes, which the stage's inputs do not show."""
 
 DEFAULT = JudgingConfig()
@@ -56,6 +56,7 @@ async def _run(
     seed: int,
     accounts: Accounts,
 ) -> StageOutcome:
+    check_references(judge, prompts)
     filtered: list[dict[str, str]] = []
     if is_filtered(judge, judging):
         candidates, filtered = _filtered(prompts, candidates)

@@ -26,9 +26,11 @@ from judges.rubric import render
 PAIR = ("A", "B", "C")
 GRADES = tuple("123456789")
 _NEVER = -9999.0
+_ROUNDING = 1e-3
+"""A log-probability may be above 0 by so much."""
 _TASK = {
-    PAIR: "Answer with one letter and nothing else: A or B for the better answer, C for a tie.",
-    GRADES: "Answer with one digit and nothing else: 1 for the worst, 9 for the best answer.",
+    PAIR: "Which answer is better? Reply with one letter and nothing else: A or B for the better answer, C for a tie.",
+    GRADES: "How good is this answer? Reply with one digit and nothing else: 1 is useless or harmful, 9 could not be better.",
 }
 
 
@@ -45,11 +47,9 @@ class LabelDialect(OpenAIDialect):
         return {**self._rubric.identity, "tasks": list(_TASK.values()), "min_label_mass": self.config.min_label_mass}
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:  # noqa: ARG002 - a label is one token
-        system, user = render(self._rubric, request)
-        user["content"] += f"\n{_TASK[_labels_of(request)]}"
         return {
             "model": self.config.model,
-            "messages": [system, user],
+            "messages": render(self._rubric, request, _TASK[_labels_of(request)]),
             "max_completion_tokens": 1,
             "temperature": 0.0,
             "logprobs": True,
@@ -71,14 +71,17 @@ class LabelDialect(OpenAIDialect):
         origin = urlsplit(self.config.base_url)
         url = f"{origin.scheme}://{origin.netloc}/tokenize"
         question = {"model": self.config.model, "prompt": label, "add_special_tokens": False}
-        found = await self.client.post(url, cast_to=object, body=question)
-        tokens = found.get("tokens") if isinstance(found, dict) else None
-        if not isinstance(tokens, list) or len(tokens) != 1:
+        try:
+            found = await self.client.post(url, cast_to=object, body=question)
+        except ValueError as error:  # JSON that is none
+            found = str(error)
+        tokens = found.get("tokens") if isinstance(found, dict) else found
+        if not isinstance(tokens, list) or len(tokens) != 1 or not isinstance(tokens[0], int):
             raise JudgeError(
                 f"judge {self.where}: {url} says that the label {label} is {tokens!r}; a label must be one token. Use a vLLM server and a model "
                 "that has one, or a judge of kind openai_compatible."
             )
-        return int(tokens[0])
+        return tokens[0]
 
     def read(self, payload: bytes, request: JudgeRequest) -> Answer:
         completion = read_completion(self, payload)
@@ -91,9 +94,12 @@ class LabelDialect(OpenAIDialect):
         if found is None or not found.content:
             return malformed("the reply holds no log-probabilities")
         seen = {each.token: each.logprob for each in found.content[0].top_logprobs}
-        p = [math.exp(min(0.0, seen.get(f"token_id:{self._ids.get(label)}", _NEVER))) for label in labels]
+        logprobs = [seen.get(f"token_id:{self._ids.get(label)}", _NEVER) for label in labels]
+        if any(math.isnan(logprob) or logprob > _ROUNDING for logprob in logprobs):
+            return malformed(f"log-probabilities of the labels are {logprobs}, which are none")
+        p = [math.exp(logprob) for logprob in logprobs]
         mass = math.fsum(p)
-        if not mass >= self.config.min_label_mass:  # also where a NaN came
+        if mass < self.config.min_label_mass or mass == 0:
             return malformed(f"label mass {mass:.3g} is below min_label_mass = {self.config.min_label_mass:g}")
         if labels == PAIR:
             return Decided(p_left=min(1.0, (p[0] + p[2] / 2) / mass), label_mass=min(1.0, mass))

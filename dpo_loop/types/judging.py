@@ -5,10 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpo_loop.types.prompts import Message
 from dpo_loop.types.record import Record
+
+MOST_TOKENS = 10**9
+"""That one call can have used; a server that states more states nonsense."""
 
 
 class UndecidedReason(StrEnum):
@@ -50,9 +53,15 @@ Outcome = Decided | Graded | Undecided
 class Usage(Record):
     """input_tokens is the total, cached ones included. output_tokens covers hidden reasoning, which is billed too."""
 
-    input_tokens: int = 0
-    cached_input_tokens: int = 0
-    output_tokens: int = 0
+    input_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+    cached_input_tokens: int = Field(0, ge=0)
+    output_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+
+    @model_validator(mode="after")
+    def _has_no_more_cached_than_read(self) -> Usage:
+        if self.cached_input_tokens > self.input_tokens:
+            raise ValueError(f"{self.cached_input_tokens} cached tokens of {self.input_tokens}")
+        return self
 
 
 class Ballot(Record):

@@ -94,6 +94,7 @@ class BatchSender:
         await self._vendor.aclose()
 
     async def attempt(self, call: Call, *, timeout_s: float) -> Answer:  # noqa: ARG002 - the vendor's window is the deadline
+        call.started = call.started or time.monotonic()
         call.attempts += 1
         request = call.request
         body = self._dialect.as_sent(self._dialect.body(request, call.max_output_tokens))
@@ -268,6 +269,7 @@ class BatchSender:
         """Rows and money in one transaction."""
         ran = {line: row for line, row in rows.items() if row.status != NEVER_RAN}
         answers = [self._dialect.read(row.payload, _ANY) for row in ran.values() if row.status == 200]
+        self._dialect.has_answered |= bool(answers)
         settled = [answer.usage for answer in answers if answer.billing is Billing.SETTLED]
         spent = sum(self._price.of(usage, at_batch_price=True) for usage in settled)
         num_unknown = len(answers) - len(settled)

@@ -18,13 +18,14 @@ KEY_ENV = "DPO_LOOP_TEST_JUDGE_KEY"
 
 @dataclass
 class Step:
-    """One answer of the server. drop: cut the connection instead; delay_s: wait first."""
+    """One answer of the server. drop: cut the connection instead; cut_short: cut it within the body; delay_s: wait first."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
     delay_s: float = 0.0
     drop: bool = False
+    cut_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Stub:
     def __init__(self) -> None:
         self.script: list[Step] = []
         self.policy: Callable[[dict[str, Any]], Step] = lambda body: says("A")
+        self.tokenizer: Step | None = None
+        """Instead of one token for each sign."""
         self.seen: list[Seen] = []
         self.most_at_once = 0
         self._at_once = 0
@@ -133,7 +136,8 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if self.path == "/tokenize":
-                step = Step(body=json.dumps({"tokens": [ord(sign) for sign in body["prompt"]]}).encode())
+                each_sign = Step(body=json.dumps({"tokens": [ord(sign) for sign in body["prompt"]]}).encode())
+                step = stub.tokenizer or each_sign
             else:
                 headers = self.headers
                 seen = Seen(headers["x-client-request-id"], headers["authorization"], self.path, body, time.monotonic())
@@ -146,7 +150,8 @@ def _handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
             self.send_response(step.status)
             for name, value in step.headers.items():
                 self.send_header(name, value)
-            self.send_header("content-length", str(len(step.body)))
+            self.send_header("content-length", str(len(step.body) + (1_000 if step.cut_short else 0)))
+            self.close_connection |= step.cut_short
             self.end_headers()
             self.wfile.write(step.body)
 

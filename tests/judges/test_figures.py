@@ -69,6 +69,11 @@ def test_agreement_is_told_for_each_two_judges() -> None:
     assert "agreement" not in figures([judged("p", ("x", A, B))], {})
 
 
+def test_two_members_of_a_panel_may_be_the_same_model_at_two_places() -> None:
+    found = figures([judged("p", ("x", A, B), ("x", A, B))], {})["agreement"]
+    assert found["x and x (2)"]["agree"] == 1.0
+
+
 def test_kappa_knows_chance() -> None:
     assert kappa(Counter([("a", "a"), ("b", "b")])) == 1.0
     assert kappa(Counter([("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")])) == 0.0

@@ -145,6 +145,21 @@ def test_a_rate_limit_is_waited_out_as_long_as_the_server_asks(stub: Stub, vendo
     assert stub.seen[1].at - stub.seen[0].at >= 0.9
 
 
+def test_a_date_to_come_back_at_is_waited_for(stub: Stub, vendor: Vendor) -> None:
+    date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: it may lie a second nearer
+    stub.script = [vendor.error(429, "slow down", retry_after=date), verdict(vendor, "A")]
+    [reply] = ask(vendor.judge(stub))
+    assert isinstance(reply.outcome, Decided)
+    assert stub.seen[1].at - stub.seen[0].at >= 0.9
+
+
+def test_a_wait_that_is_asked_for_is_capped(stub: Stub, vendor: Vendor) -> None:
+    stub.script = [vendor.error(429, "slow down", retry_after="600")]
+    [reply] = ask(vendor.judge(stub, deadline_s=30))
+    assert isinstance(reply.outcome, Undecided)
+    assert "would have to wait 60.0 s" in reply.outcome.detail
+
+
 def test_a_server_that_asks_one_call_to_wait_is_left_alone_by_all(stub: Stub, vendor: Vendor) -> None:
     stub.script = [vendor.error(429, "slow down", retry_after="1")]
     stub.policy = lambda body: verdict(vendor, "A")
@@ -310,6 +325,44 @@ def test_one_comparison_that_does_not_fit_leaves_the_others_alone(
     [second] = ask(vendor.judge(stub))
     assert reason_of(first) is reason
     assert isinstance(second.outcome, Decided)
+
+
+def test_one_request_that_the_server_refuses_after_it_answered_others_is_undecided(stub: Stub, vendor: Vendor) -> None:
+    """OpenAI refuses single prompts with 400 invalid_prompt: safety prompts are daily traffic, and must not end a run."""
+    refusals = [("Invalid prompt: potentially violating our usage policy", "invalid_prompt"), ("cannot read this", "bad_request")]
+    stub.script = [verdict(vendor, "A"), *(vendor.error(400, *refusal) for refusal in refusals), verdict(vendor, "B")]
+
+    async def run(backend: Backend) -> list[Reply]:
+        return [await backend.ask(REQUEST) for _ in range(4)]
+
+    first, policy, other, last = asyncio.run(with_backend(vendor.judge(stub), run))
+    assert (first.outcome.kind, last.outcome.kind) == ("decided", "decided")
+    assert (reason_of(policy), reason_of(other)) == (UndecidedReason.REFUSED, UndecidedReason.MALFORMED)
+    assert len(stub.seen) == 4, "what is refused for good is not asked again"
+
+
+def test_a_model_without_more_room_leaves_a_truncated_verdict_truncated(stub: Stub, vendor: Vendor) -> None:
+    stub.script = [
+        vendor.cut('{"rationale": "'),
+        vendor.error(400, f"{vendor.room} is too large: this model supports at most 1500"),
+    ]
+    [reply] = ask(vendor.judge(stub))
+    assert reason_of(reply) is UndecidedReason.TRUNCATED
+    assert (reply.attempts, reply.usage.output_tokens) == (2, 7)
+
+
+def test_a_reply_that_is_cut_off_in_its_body_is_asked_again(stub: Stub, vendor: Vendor) -> None:
+    stub.script = [Step(body=b'{"id": "x', cut_short=True)]
+    stub.policy = lambda body: verdict(vendor, "A")
+    [reply] = ask(vendor.judge(stub))
+    assert isinstance(reply.outcome, Decided)
+    assert len(stub.seen) == 2
+
+
+def test_the_wait_in_line_is_no_latency(stub: Stub, vendor: Vendor) -> None:
+    stub.policy = lambda body: verdict(vendor, "A", delay_s=0.1)
+    replies = ask(vendor.judge(stub, concurrency=1, start_concurrency=1), times=6)
+    assert max(reply.latency_s for reply in replies) < 0.5
 
 
 @pytest.mark.parametrize("name", ["openai_compatible", "openai"])

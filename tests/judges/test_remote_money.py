@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_loop.errors import BudgetExceededError, InputError, JudgeError
+from dpo_loop.types import Decided
 from judges.backend import Reply, open_backend
 from judges.budget import Accounts, BudgetConfig, Purse
 from judges.config import OpenAICompatibleJudge
@@ -61,8 +63,15 @@ def test_every_answered_attempt_is_paid_readable_or_not(tmp_path: Path, stub: St
 
 @pytest.mark.parametrize(
     "lost",
-    [says("A", delay_s=30), Step(drop=True), Step(body=b"<html>"), Step(body=b'{"choices": []}')],
-    ids=["hang", "drop", "html", "no usage"],
+    [
+        says("A", delay_s=30),
+        Step(drop=True),
+        Step(body=b"<html>"),
+        Step(body=b'{"choices": []}'),
+        fails(504, "gateway time-out"),
+        fails(408, "request time-out"),
+    ],
+    ids=["hang", "drop", "html", "no usage", "504", "408"],
 )
 def test_what_may_have_been_billed_stays_set_aside(tmp_path: Path, stub: Stub, lost: Step) -> None:
     stub.script = [lost]
@@ -70,6 +79,28 @@ def test_what_may_have_been_billed_stays_set_aside(tmp_path: Path, stub: Stub, l
     assert reply.cost_usd == run["spent_usd"] == pytest.approx(ONE_CALL)
     assert run["never_settled_usd"] > ONE_CALL
     assert (run["under_way_usd"], run["calls"]) == (0.0, 2)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {},
+        {"prompt_tokens": 10, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 100_000}},
+        {"prompt_tokens": -5, "completion_tokens": 7},
+        {"prompt_tokens": 10**30, "completion_tokens": 7},
+    ],
+    ids=["none", "empty", "more cached than read", "negative", "absurd"],
+)
+def test_usage_that_cannot_be_true_bills_nothing_and_gives_nothing_back(
+    tmp_path: Path, stub: Stub, usage: dict[str, Any] | None
+) -> None:
+    body = json.loads(says("A").body) | {"usage": usage}
+    stub.script = [Step(body=json.dumps(body).encode())]
+    [reply], run = spend(tmp_path, stub.judge(free=False))
+    assert isinstance(reply.outcome, Decided), "the verdict is whole"
+    assert (run["spent_usd"], run["under_way_usd"], run["calls"]) == (0.0, 0.0, 1)
+    assert run["never_settled_usd"] > ONE_CALL
 
 
 def test_a_server_that_was_never_reached_costs_nothing(tmp_path: Path, stub: Stub) -> None:

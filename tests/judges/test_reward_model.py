@@ -17,7 +17,7 @@ from dpo_loop.types import Decided, Graded, Undecided, UndecidedReason
 from judges.backend import JudgeRequest, Reply
 from judges.budget import Accounts
 from judges.config import RewardModelJudge
-from judges.reward_model import RewardModelBackend
+from judges.reward_model import RewardModelBackend, weights_identity
 from judges.stage import judge_stage
 from tests.builders import build_model
 from tests.judges.world import make_prompt, write_answers, write_prompts
@@ -105,3 +105,11 @@ def test_a_model_that_is_none_or_has_more_outputs_is_refused(model: Path, tmp_pa
     AutoTokenizer.from_pretrained(model).save_pretrained(two)
     with pytest.raises(InputError, match="has 2 outputs"):
         RewardModelBackend(judge_of(two))
+
+
+def test_models_of_the_same_name_are_different_judges(model: Path) -> None:
+    def identity(name: str, commit: str | None) -> str:
+        return str(weights_identity(judge_of(Path(name)), commit))
+
+    names = [("alice/rm-8b", "c1"), ("bob/rm-8b", "c1"), ("alice/rm-8b", "c2"), ("alice/rm-8b", None), (str(model), None)]
+    assert len({identity(*name) for name in names}) == len(names)

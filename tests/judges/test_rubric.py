@@ -14,7 +14,7 @@ from dpo_loop.errors import InputError
 from judges import stage
 from judges.asker import key_of, question_of
 from judges.backend import JudgeRequest
-from judges.rubric import LAYOUT, load_rubric, render
+from judges.rubric import LAYOUT, load_rubric, render, reply_in_json
 from tests.judges.world import make_prompt
 
 RUBRIC = load_rubric("helpfulness")
@@ -23,7 +23,7 @@ RUBRIC = load_rubric("helpfulness")
 def shown(left: str, right: str, *, prompt: str = "Say hello") -> str:
     asked = make_prompt(prompt)
     request = JudgeRequest(key=key_of(question_of(RUBRIC.identity, asked, left, right)), prompt=asked, left=left, right=right)
-    system, user = render(RUBRIC, request)
+    system, user = render(RUBRIC, request, reply_in_json(request))
     assert system == {"role": "system", "content": RUBRIC.text}
     return user["content"]
 
@@ -76,7 +76,7 @@ def test_order_and_texts_and_rubric_are_in_the_key_and_ids_are_not() -> None:
 
 def test_a_changed_rubric_or_layout_comes_with_a_new_version_of_the_judge_stage() -> None:
     # If this fails: bump VERSION in judges/stage.py and judges/grading.py, and the rubric's own version, then pin the new values here.
-    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("8c10a920065d0e8c", 1, 2, 3)
+    assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("524523e006a905cf", 2, 3, 4)
 
 
 def test_an_unknown_rubric_is_refused_by_name() -> None:
@@ -88,14 +88,22 @@ def test_an_unknown_rubric_is_refused_by_name() -> None:
 def test_every_rubric_reads_and_asks_for_one_grade_of_an_answer_alone(name: str) -> None:
     rubric = load_rubric(name)
     prompt = make_prompt("2 + 2?", reference="4, of course")
-    _, user = render(rubric, JudgeRequest(key="k" * 64, prompt=prompt, left="four", right=None))
+    alone = JudgeRequest(key="k" * 64, prompt=prompt, left="four", right=None)
+    _, user = render(rubric, alone, reply_in_json(alone))
     assert "<<<ANSWER B" not in user["content"]
     assert ("4, of course" in user["content"]) == rubric.needs_reference == (name == "correctness")
 
 
+@pytest.mark.parametrize("name", ["helpfulness", "harmlessness", "correctness"])
+def test_how_to_reply_is_said_by_the_request_alone(name: str) -> None:
+    """The same rubric serves verdicts, grades, replies without a rationale, and label probabilities."""
+    said = load_rubric(name).text.lower()
+    assert not any(word in said for word in ("json object", "rationale", "`winner`", "one letter"))
+
+
 def test_a_prompt_without_the_reference_that_the_rubric_needs_is_named() -> None:
     with pytest.raises(InputError, match="tag `reference`"):
-        render(load_rubric("correctness"), JudgeRequest(key="k" * 64, prompt=make_prompt("2 + 2?"), left="4", right="5"))
+        render(load_rubric("correctness"), JudgeRequest(key="k" * 64, prompt=make_prompt("2 + 2?"), left="4", right="5"), "Which?")
 
 
 def test_a_rubric_of_one_s_own_is_a_file_and_its_text_is_in_the_key(tmp_path: Path) -> None:
@@ -107,6 +115,9 @@ def test_a_rubric_of_one_s_own_is_a_file_and_its_text_is_in_the_key(tmp_path: Pa
     assert load_rubric(str(own)).identity != first.identity
     own.write_text("no head")
     with pytest.raises(InputError, match="must open with its name"):
+        load_rubric(str(own))
+    own.write_bytes(b"---\nname: kindness\nversion: 3\n---\nBe k\xefnd.\n")
+    with pytest.raises(InputError, match=r"kind\.md cannot be read as UTF-8"):
         load_rubric(str(own))
     with pytest.raises(InputError, match="there is no file"):
         load_rubric(str(tmp_path / "none.md"))

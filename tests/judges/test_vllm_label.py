@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from dpo_loop.errors import JudgeError
 from dpo_loop.types import Decided, Graded, Undecided, UndecidedReason
 from judges.config import VllmLabelJudge
 from tests.judges.stub import KEY_ENV, Step, Stub, chat
@@ -46,6 +47,40 @@ def test_an_answer_alone_gets_the_expected_digit(stub: Stub) -> None:
     reply = asyncio.run(with_backend(judge_at(stub), lambda backend: backend.ask(alone)))
     assert isinstance(reply.outcome, Graded)
     assert reply.outcome.quality == pytest.approx(0.75)
+
+
+def stated(**logprobs: float) -> Step:
+    """As `probabilities`, with log-probabilities as they stand, which may be none."""
+    body = json.loads(chat("A").body)
+    seen = [{"token": f"token_id:{ord(label)}", "logprob": value, "bytes": None} for label, value in logprobs.items()]
+    body["choices"][0]["logprobs"] = {"content": [{"token": "x", "logprob": -1.0, "bytes": None, "top_logprobs": seen}]}
+    return Step(body=json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        stated(A=math.nan, B=math.nan, C=math.nan),
+        stated(A=math.nan, B=-5.0),
+        stated(A=math.inf, B=-5.0),
+        stated(A=3.0, B=-5.0),
+        stated(A=-math.inf, B=-math.inf),
+    ],
+    ids=["all nan", "one nan", "infinite", "above certainty", "impossible"],
+)
+def test_broken_log_probabilities_are_no_tie_and_no_winner(stub: Stub, step: Step) -> None:
+    stub.policy = lambda body: step
+    [reply] = ask(judge_at(stub).model_copy(update={"min_label_mass": 0.0}))
+    assert isinstance(reply.outcome, Undecided)
+    assert reply.outcome.reason is UndecidedReason.MALFORMED
+
+
+@pytest.mark.parametrize("tokens", [b"no json", b'{"tokens": ["A"]}', b'{"tokens": [1, 2]}', b"[]"])
+def test_a_label_that_is_not_one_token_stops_before_anything_is_asked(stub: Stub, tokens: bytes) -> None:
+    stub.tokenizer = Step(body=tokens)
+    with pytest.raises(JudgeError, match="must be one token"):
+        ask(judge_at(stub))
+    assert stub.seen == []
 
 
 @pytest.mark.parametrize(
