@@ -34,7 +34,7 @@ def prices(folder: Path) -> BudgetConfig:
 
 
 def test_a_round_costs_no_more_than_was_said(tmp_path: Path, stub: Stub) -> None:
-    stub.policy = lambda body: says("A" if hash(body["messages"][1]["content"]) % 2 else "B")
+    stub.policy = lambda body: says("A" if sum(body["messages"][1]["content"].encode()) % 2 else "B")
     judge, budget = stub.judge(free=False, max_output_tokens=64), prices(tmp_path)
     prompts = [make_prompt(f"Question {number}?") for number in range(10)]
     texts = ["a short answer", "a somewhat longer answer", "yes", "no"]
