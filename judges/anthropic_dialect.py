@@ -62,6 +62,7 @@ class _Message(_Lax):
 
 class MessagesDialect(Dialect):
     path = "/v1/messages"
+    config: AnthropicJudge
 
     def __init__(self, config: AnthropicJudge) -> None:
         super().__init__(config, anthropic)
@@ -75,17 +76,18 @@ class MessagesDialect(Dialect):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"rationale": self.config.rationale, **self._rubric.identity}
+        return {"rationale": self.config.rationale, "effort": self.config.effort, **self._rubric.identity}
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:
         system, user = render(self._rubric, request, reply_in_json(request, rationale=self.config.rationale))
         schema = without_lengths(schema_of(request, rationale=self.config.rationale))
+        thought = {"effort": self.config.effort} if self.config.effort else {}
         return {
             "model": self.config.model,
             "max_tokens": max_output_tokens,
             "system": system["content"],
             "messages": [user],
-            "output_config": {"format": {"type": "json_schema", "schema": schema}},
+            "output_config": {"format": {"type": "json_schema", "schema": schema}, **thought},
         }
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:

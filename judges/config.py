@@ -87,10 +87,15 @@ class RemoteJudge(Settings):
     batch: ApiBatch | VllmRunBatch | None = None
 
 
+Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
+"""How much a reasoning model thinks, in words that not every model knows. Thoughts count as output: give it room in max_output_tokens."""
+
+
 class OpenAIJudge(RemoteJudge):
-    """OpenAI's Responses API. base_url includes `/v1`."""
+    """OpenAI's Responses API. base_url includes `/v1`. effort None: the model's own default."""
 
     kind: Literal["openai"]
+    effort: Effort | None = None
     batch: ApiBatch | None = None
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str = "OPENAI_API_KEY"
@@ -106,9 +111,10 @@ class OpenAICompatibleJudge(RemoteJudge):
 
 
 class AnthropicJudge(RemoteJudge):
-    """Anthropic's Messages API with structured output. base_url is without `/v1`."""
+    """Anthropic's Messages API with structured output. base_url is without `/v1`. effort None: the model's own default."""
 
     kind: Literal["anthropic"]
+    effort: Effort | None = None
     batch: ApiBatch | None = None
     base_url: str = "https://api.anthropic.com"
     api_key_env: str = "ANTHROPIC_API_KEY"
@@ -123,6 +129,7 @@ class VllmLabelJudge(RemoteJudge):
     kind: Literal["vllm_label"]
     batch: None = None
     free: bool = True
+    max_output_tokens: int = Field(1, ge=1, le=1)
     min_label_mass: float = Field(0.5, ge=0, le=1)
 
 

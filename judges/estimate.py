@@ -17,7 +17,7 @@ from typing import Any
 from dpo_loop.types import Message, Prompt, Usage
 from judges.backend import JudgeRequest
 from judges.budget import BYTES_PER_TOKEN, BudgetConfig
-from judges.config import Judge, Knockout, PanelJudge, Pointwise, RemoteJudge, RoundRobin, Selection, VllmLabelJudge, members_of
+from judges.config import Judge, Knockout, PanelJudge, Pointwise, RemoteJudge, RoundRobin, Selection, members_of
 from judges.knockout import best_and_worst
 from judges.prices import FREE, to_usd
 from judges.rubric import REFERENCE_TAG, load_rubric, render, reply_in_json, schema_of
@@ -131,8 +131,6 @@ def _body_bytes(judge: RemoteJudge, work: Work, *, answer_share: float) -> int:
 
 def _output_tokens(judge: RemoteJudge) -> tuple[int, int]:
     """Likely and at most."""
-    if isinstance(judge, VllmLabelJudge):
-        return 1, 1
     likely = VERDICT_TOKENS + (LIKELY_RATIONALE_TOKENS if judge.rationale else 0)
     return min(likely, judge.max_output_tokens), judge.max_output_tokens
 

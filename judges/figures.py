@@ -61,8 +61,8 @@ class Figures:
 
     def _add_words(self, judged: Judged) -> None:
         said: dict[str, Verdict] = {}
-        for one, other in zip(judged.final[::2], judged.final[1::2], strict=True):
-            said[_unlike(one.judge, said)] = verdict_of(one, other)
+        for ballot, swapped in zip(judged.final[::2], judged.final[1::2], strict=True):
+            said[_unlike(ballot.judge, said)] = verdict_of(ballot, swapped)
         names = {judged.judgement.best_id: "best", judged.judgement.worst_id: "worst"}
         known = {judge: names.get(verdict.winner_id, "neither") for judge, verdict in said.items() if verdict.p_a is not None}
         for one, other in combinations(sorted(known), 2):

@@ -147,11 +147,18 @@ class ResponsesDialect(OpenAIDialect):
     """Judge of kind `openai`."""
 
     path = "/v1/responses"
+    config: OpenAIJudge
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity, "effort": self.config.effort}
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:
         system, user = render(self._rubric, request, reply_in_json(request, rationale=self.config.rationale))
         schema = schema_of(request, rationale=self.config.rationale)
+        thought = {"reasoning": {"effort": self.config.effort}} if self.config.effort else {}
         return {
+            **thought,
             "model": self.config.model,
             "instructions": system["content"],
             "input": user["content"],

@@ -365,6 +365,22 @@ def test_the_wait_in_line_is_no_latency(stub: Stub, vendor: Vendor) -> None:
     assert max(reply.latency_s for reply in replies) < 0.5
 
 
+@pytest.mark.parametrize(("name", "where"), [("openai", "reasoning"), ("anthropic", "output_config")])
+def test_effort_is_sent_where_it_is_set_and_is_another_question(stub: Stub, name: str, where: str) -> None:
+    vendor = VENDORS[name]
+    stub.policy = lambda body: verdict(vendor, "A")
+    ask(vendor.judge(stub, effort="low"))
+    ask(vendor.judge(stub))
+    assert stub.seen[0].body[where]["effort"] == "low"
+    assert "effort" not in stub.seen[1].body.get(where, {})
+
+    async def identity(backend: Backend) -> Any:
+        return backend.spec.identity
+
+    judges = [vendor.judge(stub, effort="low"), vendor.judge(stub)]
+    assert len({json.dumps(asyncio.run(with_backend(judge, identity))) for judge in judges}) == 2
+
+
 @pytest.mark.parametrize("name", ["openai_compatible", "openai"])
 def test_a_server_that_refuses_length_limits_in_a_schema_is_asked_without_them(stub: Stub, name: str) -> None:
     vendor = VENDORS[name]
