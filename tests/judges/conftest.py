@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.judges.stub import KEY_ENV, Stub
+from tests.judges.vendors import VENDORS, Vendor
 
 _HIDDEN = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -23,3 +24,8 @@ def _no_real_provider(monkeypatch: pytest.MonkeyPatch) -> None:
 def stub() -> Iterator[Stub]:
     with Stub() as server:
         yield server
+
+
+@pytest.fixture(params=list(VENDORS))
+def vendor(request: pytest.FixtureRequest) -> Vendor:
+    return VENDORS[request.param]

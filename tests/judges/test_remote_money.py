@@ -15,8 +15,8 @@ from judges.backend import Reply, open_backend
 from judges.budget import Accounts, BudgetConfig, Purse
 from judges.config import OpenAICompatibleJudge
 from judges.ledger import Ledger
+from tests.judges.asking import REQUEST
 from tests.judges.stub import Step, Stub, chat, fails, says
-from tests.judges.test_remote import REQUEST
 
 ONE_CALL = (60 * 2.0 + 40 * 0.5 + 7 * 8.0) / 1e6
 """Dollars for the usage that the stub states: 100 tokens in, 40 of them cached, 7 out."""

@@ -12,8 +12,8 @@ import pytest
 from dpo_loop.errors import JudgeError
 from dpo_loop.types import Decided, Graded, Undecided, UndecidedReason
 from judges.config import VllmLabelJudge
+from tests.judges.asking import REQUEST, ask, with_backend
 from tests.judges.stub import KEY_ENV, Step, Stub, chat
-from tests.judges.test_remote import REQUEST, ask, with_backend
 
 
 def judge_at(stub: Stub) -> VllmLabelJudge:
