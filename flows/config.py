@@ -30,7 +30,7 @@ from dpo_loop.config import (
     TrainingConfig,
 )
 from dpo_loop.errors import ConfigError
-from judges.budget import BudgetConfig
+from judges.accounts import BudgetConfig
 from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single
 from judges.selftest.config import JudgeTestConfig
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from dpo_loop.config import JsonlPool
+from dpo_loop.config import JsonlPool, Pool
+from dpo_loop.prompts.pool import read_pool
+from dpo_loop.types import Side
 from flows.config import WORLD_PREFIX, RunConfig
-from judges.estimate import Row, Work, looks_of
+from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of
+from judges.selftest.config import judges_to_test
+from judges.selftest.golden import load_golden, trials_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,14 +24,16 @@ WORLD_PROMPT_BYTES = 40
 
 
 def works_of(config: RunConfig) -> list[Work]:
-    """The labels of a round and the win rates of its evaluation. Raises InputError if the pool cannot be read."""
+    """The test of the judges, the labels of a round and the win rates of its evaluation. Raises InputError if a file of prompts cannot be read."""
     num, prompt_bytes = _pool(config)
     prompts = config.prompts
     fresh = num if num is None else round(num * (1 - prompts.eval_fraction) / prompts.num_buckets)
     labels = prompts.num_per_round if fresh is None else min(prompts.num_per_round, fresh)
     held_out = prompts.max_eval if num is None else min(prompts.max_eval, round(num * prompts.eval_fraction))
+    held_out += sum(_tasks(pool) for pool in prompts.eval_sets)
     generation = config.generation
     return [
+        *_tests(config),
         Work(
             what=f"labels: {labels} prompts, {generation.k} answers each",
             judge=config.judge,
@@ -43,6 +51,30 @@ def works_of(config: RunConfig) -> list[Work]:
             answer_tokens=config.answering.max_new_tokens,
         ),
     ]
+
+
+def _tests(config: RunConfig) -> Iterator[Work]:
+    if not config.judge_test.enabled:
+        return
+    trials = trials_of(load_golden())
+    texts = [len(answer.text.encode()) for trial in trials for answer in trial.answers]
+    for name, judge in judges_to_test(config.judge, config.grading).items():
+        yield Work(
+            what=f"self-test of {name}: {len(trials)} pairs, once; later rounds know the answers",
+            judge=judge,
+            num_prompts=len(trials),
+            looks=0,
+            prompt_bytes=round(fmean(len(trial.prompt.text.encode()) for trial in trials)),
+            # Half of it is likely (see the table), and the texts are there to be counted.
+            answer_tokens=round(2 * fmean(texts) / LIKELY_BYTES_PER_TOKEN),
+        )
+
+
+def _tasks(pool: Pool) -> int:
+    """Prompts of an evaluation set that are compared; 0 for a set that is not read here. Only those of harm and its twins are not."""
+    if not isinstance(pool, JsonlPool) or pool.path.startswith(WORLD_PREFIX):
+        return 0
+    return sum(prompt.side is Side.TASK for prompt in read_pool(pool, None, skip_bad=True).prompts)
 
 
 def _pool(config: RunConfig) -> tuple[int | None, int]:

@@ -1,4 +1,4 @@
-"""`dpo-loop judge-test CONFIG`: is the judge of a config fit? Asked through the run's ledger, so the run pays for nothing again."""
+"""`dpo-loop judge-test CONFIG`: are the judges of a config fit? Asked through the run's ledger, so the run pays for nothing again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import click
 from dpo_loop.errors import DpoLoopError, InputError
 from dpo_loop.layout import RunDir
 from flows.config import RunConfig
-from judges.budget import Accounts
-from judges.selftest.config import is_tested
+from flows.steps import import_from_here
+from judges.accounts import Accounts
+from judges.selftest.config import judges_to_test
 
 UNFIT = 10
 
@@ -22,13 +23,13 @@ def judge_test(config: RunConfig, *, as_json: bool) -> int:
     from judges.selftest.fitness import lines_of
     from judges.selftest.stage import JudgeTest, examine
 
-    test = config.judge_test.model_copy(update={"enabled": True})
-    if is_tested(config.judge, test):
+    if judges := judges_to_test(config.judge, config.grading):
+        import_from_here()
         run = RunDir(Path(config.run_dir))
         run.path.mkdir(parents=True, exist_ok=True)
         try:
             accounts = Accounts(run.ledger, config.budget)
-            tested = asyncio.run(examine(config.judge, accounts, test, report=lambda line: click.echo(line, err=True)))
+            tested = asyncio.run(examine(judges, accounts, config.judge_test, report=lambda line: click.echo(line, err=True)))
         except DpoLoopError as error:
             raise InputError(f"the judge could not be tested: {error}") from error
         table = lines_of(tested.checks)

@@ -25,6 +25,7 @@ from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_p
 from flows.steps import import_from_here
 from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VerifierGrader, VerifierJudge
 from judges.rubric import load_rubric
+from judges.selftest.config import judges_to_test
 
 WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
 
@@ -275,7 +276,8 @@ def _remote_problems(config: RunConfig, name: str, judge: RemoteJudge) -> Iterat
 
 
 def warnings(config: RunConfig) -> list[str]:
-    """What does not stop a run and should be known before it: a judge of the policy's own family favours it (arXiv 2404.13076)."""
+    """What does not stop a run and should be known before it: a judge that nothing tests, and one of the policy's own family, which
+    favours it (arXiv 2404.13076)."""
     found = []
     policy = _family_word(config)
     for name, judge in _judges_of(config):
@@ -284,6 +286,11 @@ def warnings(config: RunConfig) -> list[str]:
                 f"{name}: {judge.model} is of the policy's own family ({policy}); judges favour their own. Use a judge of another "
                 "family, or a panel of several."
             )
+    if not config.judge_test.enabled and (untested := judges_to_test(config.judge, config.grading)):
+        found.append(
+            f"judge_test.enabled: nothing tests {' and '.join(untested)} before a round, so one that is biased, guesses or can be talked "
+            "into a verdict makes labels unnoticed. Set it to true, or look with `dpo-loop judge-test CONFIG`."
+        )
     return found
 
 

@@ -6,7 +6,7 @@ from dpo_loop.artifacts import Stage
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import SEED_VERSION, TRAIN_VERSION
 from dpo_loop.layout import RunDir
-from judges.budget import Accounts
+from judges.accounts import Accounts
 
 
 def stage_of(run: RunDir, name: str, *, invalid: bool, accounts: Accounts | None = None) -> Stage:

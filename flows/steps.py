@@ -20,15 +20,15 @@ from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
 from flows.failures import class_of, read_failure, record_failure
 from flows.stages import stage_of, version_of
-from judges.budget import Accounts
-from judges.selftest.config import is_tested
+from judges.accounts import Accounts
+from judges.selftest.config import judges_to_test
 
 # --------------------------------------------------------------------------------------------------------- which stages
 
 
 def stages_of(config: RunConfig, round_number: int) -> tuple[str, ...]:
     """The stages of a round in order."""
-    tested = (JUDGE_TEST,) if is_tested(config.judge, config.judge_test) else ()
+    tested = (JUDGE_TEST,) if config.judge_test.enabled and judges_to_test(config.judge, config.grading) else ()
     if round_number > 0:
         return (*tested, *STAGES)
     return (*tested, *(name for name in STAGES_OF_ROUND_0 if name != "world" or config.world is not None))
@@ -137,7 +137,8 @@ def _inputs(run: RunDir, round_number: int, name: str, config: RunConfig, invali
         case "judgetest":
             from judges.selftest.golden import load_golden
 
-            return {"judge": config.judge, "test": config.judge_test, "golden_sha256": load_golden().sha256}
+            judges = judges_to_test(config.judge, config.grading)
+            return {"judges": judges, "test": config.judge_test, "golden_sha256": load_golden().sha256}
         case "pair":
             return {
                 "prompts": here.stage("prompts"),

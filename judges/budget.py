@@ -21,17 +21,14 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import Field
-
-from dpo_loop.config import Settings
 from dpo_loop.errors import BudgetExceededError
 from dpo_loop.types import Usage
+from judges.accounts import Accounts
 from judges.ledger import Ledger
-from judges.prices import FREE, SHIPPED, Price, PriceList, load_prices, to_nano, to_usd
+from judges.prices import FREE, Price, to_nano, to_usd
 
 BYTES_PER_TOKEN = 2.5
 """Of the request's body; few tokenisers do worse on any text, and what does is learnt from usage."""
@@ -65,32 +62,6 @@ SELECT total(reserved_nano + spent_nano + kept_nano), total(calls), total((reser
        total(calls * (round = :round)) FROM money
 """
 _FIGURES = "SELECT owner, round, reserved_nano, spent_nano, kept_nano, calls FROM money ORDER BY owner, round"
-
-
-class BudgetConfig(Settings):
-    """Caps; None is no cap. Raising one lets a run go on that it stopped: they are read anew whenever a stage starts."""
-
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"usd_per_run", "usd_per_round", "calls_per_run", "calls_per_round", "prices"})
-    usd_per_run: float | None = Field(None, ge=0)
-    usd_per_round: float | None = Field(None, ge=0)
-    calls_per_run: int | None = Field(None, ge=0)
-    calls_per_round: int | None = Field(None, ge=0)
-    """Calls that were sent, attempts that were charged for nothing left out."""
-    prices: str | None = None
-    """A YAML file that replaces judges/prices.yaml."""
-
-    def price_list(self) -> PriceList:
-        """Raises InputError if the file is none."""
-        return load_prices(SHIPPED if self.prices is None else Path(self.prices))
-
-
-@dataclass(frozen=True, slots=True)
-class Accounts:
-    """What a stage that calls judges is bound to. It changes what is paid, never what is published. round_number None: of no round."""
-
-    ledger: Path
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    round_number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

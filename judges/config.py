@@ -49,6 +49,7 @@ class VllmRunBatch(Settings):
 class RemoteJudge(Settings):
     """What all judges behind a network share. api_key_env names an environment variable; the key itself is never stored.
 
+    revision: what is behind a name whose weights may change (a retrained local model, an alias); another one is asked anew.
     family: of models it is one of, as its maker calls it; a panel gives every family the same weight. rubric: one of judges/rubrics, or the
     path of a Markdown file of one's own. rationale False: the verdict alone, cheaper. concurrency: the most calls at once; how
     many a server really bears is found by trying, from start_concurrency on. attempt_timeout_s bounds one attempt, deadline_s all
@@ -71,6 +72,7 @@ class RemoteJudge(Settings):
     )
     kind: str
     model: str
+    revision: str = ""
     base_url: str
     api_key_env: str
     family: str = ""

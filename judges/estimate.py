@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dpo_loop.types import Message, Prompt, Usage
+from judges.accounts import BudgetConfig
 from judges.backend import JudgeRequest
-from judges.budget import BYTES_PER_TOKEN, BudgetConfig
+from judges.budget import BYTES_PER_TOKEN
 from judges.config import Judge, Knockout, PanelJudge, Pointwise, RemoteJudge, RoundRobin, Selection, members_of
 from judges.knockout import best_and_worst
 from judges.prices import FREE, to_usd

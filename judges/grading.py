@@ -34,8 +34,8 @@ from dpo_loop.types import (
     Verdict,
     VerdictKind,
 )
+from judges.accounts import Accounts
 from judges.asker import Candidate
-from judges.budget import Accounts
 from judges.config import GradingConfig, Judge
 from judges.figures import spaced, unique
 from judges.graders import Grader, safety_grader, task_grader

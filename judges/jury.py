@@ -10,9 +10,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
 from dpo_loop.types import Ballot, Prompt, Verdict
+from judges.accounts import Accounts
 from judges.asker import Asker, Candidate
 from judges.backend import open_backend
-from judges.budget import Accounts, Purse
+from judges.budget import Purse
 from judges.config import Judge, PanelJudge, RemoteJudge, members_of
 from judges.ledger import Ledger
 from judges.panel import Panel

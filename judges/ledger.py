@@ -5,7 +5,7 @@
     done        a final reply (a decision or a refusal); served from here for ever
 
 Failures are never kept as answers. A killed process leaves rows in flight; they are asked again, and nothing else is. An *owner* is
-one open Ledger; it holds a flock on its own file for as long as its process lives, which is how others see that it does.
+one open Ledger (owners.py).
 
 Writes are grouped: all that is queued in one turn of the event loop goes into one transaction, and each writer goes on when it is
 committed. That is what makes a call cheap; reading is immediate and locks nobody out.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,9 +27,9 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from dpo_loop.errors import BusyError, CorruptArtifactError, DpoLoopError, InputError, StorageError
-from dpo_loop.files import hold
 from dpo_loop.types import canonical_json
 from judges.backend import Reply
+from judges.owners import Owners
 
 SCHEMA_VERSION = 1
 FLUSH_ROWS = 2_000
@@ -113,11 +112,20 @@ class Ledger:
         self._queue: list[_Write[Any]] = []
         self._cleanup = ExitStack()
         try:
-            self.owner = self._register_owner()
+            with self._errors():
+                self._owners = self._cleanup.enter_context(Owners.join(path.with_name(f".{path.name}.owners")))
             self._db = self._open()
         except BaseException:
             self._cleanup.close()
             raise
+
+    @property
+    def owner(self) -> str:
+        """Of this open ledger."""
+        return self._owners.mine
+
+    def is_alive(self, owner: str) -> bool:
+        return self._owners.is_alive(owner)
 
     # --------------------------------------------------------------------------------------------------- asking
 
@@ -251,34 +259,6 @@ class Ledger:
         else:
             for write in writes:
                 write.tell()
-
-    # --------------------------------------------------------------------------------------------------- owners
-
-    @property
-    def _owners(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.owners")
-
-    def _register_owner(self) -> str:
-        owner = secrets.token_hex(8)
-        with self._errors():
-            self._owners.mkdir(parents=True, exist_ok=True)
-            mark = self._owners / owner
-            self._cleanup.callback(mark.unlink, missing_ok=True)
-            self._cleanup.enter_context(hold(mark, wait_s=0, what=f"owner {owner} of {self.path}"))
-        return owner
-
-    def is_alive(self, owner: str) -> bool:
-        if owner == self.owner:
-            return True
-        mark = self._owners / owner
-        if not mark.exists():
-            return False
-        try:
-            with hold(mark, wait_s=0, what=f"owner {owner}"):
-                mark.unlink(missing_ok=True)
-                return False
-        except BusyError:
-            return True
 
     # --------------------------------------------------------------------------------------------------- database
 

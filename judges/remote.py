@@ -88,6 +88,7 @@ class RemoteBackend:
                 "kind": config.kind,
                 "origin": origin_of(config),
                 "model": config.model,
+                "revision": config.revision,
                 "max_output_tokens": config.max_output_tokens,
                 **dialect.identity,
             },

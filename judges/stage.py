@@ -20,8 +20,8 @@ from dpo_loop.exchange import BALLOTS, DROPPED, JUDGEMENTS, read_completions, re
 from dpo_loop.files import jsonl_writer, write_jsonl
 from dpo_loop.progress import say
 from dpo_loop.types import FinishReason, Prompt, PromptJudgement, StageOutcome, VerdictKind, content_id
+from judges.accounts import Accounts
 from judges.asker import Candidate
-from judges.budget import Accounts
 from judges.config import Judge, JudgingConfig, Selection, VerifierJudge, members_of
 from judges.figures import Figures, Judged, outcome_of, spaced, unique
 from judges.jury import Jury, check_references, open_jury

@@ -21,6 +21,8 @@ VERSION = 1
 FILE = f"golden-v{VERSION}.jsonl"
 EASY = "easy"
 """Tag of items that any child gets right, so that a wrong look after an injection is the injection's work."""
+HARD = "hard"
+"""Tag of items whose right answer takes more than one thought, and whose wrong one is well argued."""
 
 
 class Kind(StrEnum):
@@ -35,12 +37,14 @@ class Kind(StrEnum):
     """The second says the same with decoration."""
     REFUSAL_PRONE = "refusal_prone"
     """A harmless question in words that sound harmful: the first answers it, the second refuses."""
+    HARMFUL = "harmful"
+    """A request that would hurt people, in plain words: the first declines, the second agrees to help and holds nothing of use."""
     INJECTION = "injection"
     """Made here, never stored: the first is right, the second attacks the judge."""
 
 
 class GoldenItem(Record):
-    """One line of the file. reference: the right answer for rubrics that compare with one, where the first answer is none."""
+    """One line of the file. reference: the bare right answer, for rubrics that compare with one, where the first answer holds more."""
 
     id: str
     kind: Kind
@@ -92,12 +96,13 @@ ATTACKS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """answers[0] is the better one where there is one. family: of the attack, "" where there is none. base: the item's id."""
+    """answers[0] is the better one where there is one. family: of the attack, "" where there is none. base and tags: the item's."""
 
     id: str
     kind: Kind
     family: str
     base: str
+    tags: tuple[str, ...]
     prompt: Prompt
     answers: tuple[Candidate, Candidate]
 
@@ -137,4 +142,4 @@ def _trial(item: GoldenItem, name: str, kind: Kind, family: str, other: str) -> 
     reference = item.reference or item.answers[0]
     prompt = Prompt.build((Message(role="user", content=item.prompt),), source="golden", tags={REFERENCE_TAG: reference})
     answers = (Candidate(f"{name}/0", item.answers[0]), Candidate(f"{name}/1", other))
-    return Trial(name, kind, family, item.id, prompt, answers)
+    return Trial(name, kind, family, item.id, item.tags, prompt, answers)

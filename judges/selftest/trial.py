@@ -25,6 +25,7 @@ class Result:
     kind: Kind
     family: str
     base: str
+    tags: tuple[str, ...]
     verdict: VerdictKind
     picked: int | None
     p_first: tuple[float | None, float | None]
@@ -34,8 +35,8 @@ class Result:
     latencies_s: tuple[float, ...]
 
 
-async def run_trials(jury: Jury, trials: Sequence[Trial], *, say: Callable[[str], None]) -> list[Result]:
-    """One Result per trial, in their order. Raises what makes going on pointless: JudgeError, InputError, BudgetExceededError."""
+async def run_trials(jury: Jury, trials: Sequence[Trial], *, name: str, say: Callable[[str], None]) -> list[Result]:
+    """One Result per trial, in their order. name: of the judge, as it is told. Raises what makes going on pointless: JudgeError, InputError, BudgetExceededError."""
 
     async def work(trial: Trial) -> Result:
         verdict, ballots = await jury.both_orders(trial.prompt, *trial.answers)
@@ -43,7 +44,7 @@ async def run_trials(jury: Jury, trials: Sequence[Trial], *, say: Callable[[str]
 
     def report(num_done: int) -> None:
         calls = f"{spaced(jury.num_asked)} calls, {spaced(jury.num_known)} known"
-        say(f"judgetest: {spaced(num_done)}/{spaced(len(trials))} pairs, {calls}")
+        say(f"judgetest: {name} {spaced(num_done)}/{spaced(len(trials))} pairs, {calls}")
 
     results: list[Result] = []
     await for_each(trials, work, results.append, concurrency=jury.concurrency, report=report)
@@ -61,6 +62,7 @@ def result_of(trial: Trial, verdict: Verdict, ballots: Sequence[Ballot]) -> Resu
         kind=trial.kind,
         family=trial.family,
         base=trial.base,
+        tags=trial.tags,
         verdict=verdict.kind,
         picked={first: 0, second: 1}.get(verdict.winner_id or ""),
         p_first=(_mean_p(ballots, first), None if shown_second is None else 1 - shown_second),

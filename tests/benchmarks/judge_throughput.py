@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_loop.types import Message, Prompt, content_id
+from judges.accounts import Accounts, BudgetConfig
 from judges.asker import Candidate
 from judges.backend import JudgeRequest
-from judges.budget import Accounts, BudgetConfig
 from judges.config import OpenAICompatibleJudge
 from judges.figures import Figures, spaced
 from judges.jury import open_jury

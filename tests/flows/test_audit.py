@@ -18,7 +18,7 @@ from flows.audit import audit
 from flows.cli import main
 from flows.rounds import begin_round
 from flows.steps import read_run_config
-from judges.budget import Accounts
+from judges.accounts import Accounts
 from judges.stage import judge_stage
 from tests.flows.runs import publish, started_run
 from tests.judges.stub import KEY_ENV, Stub, says

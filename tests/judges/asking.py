@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_loop.types import Undecided, UndecidedReason
+from judges.accounts import Accounts
 from judges.backend import Backend, JudgeRequest, Reply, open_backend
-from judges.budget import Accounts, Purse
+from judges.budget import Purse
 from judges.config import RemoteJudge
 from judges.ledger import Ledger
 from tests.judges.stub import Step

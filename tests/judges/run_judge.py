@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dpo_loop.artifacts import materialize
-from judges.budget import Accounts
+from judges.accounts import Accounts
 from judges.config import OpenAICompatibleJudge
 from judges.stage import judge_stage
 

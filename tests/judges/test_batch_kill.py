@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import queue
 import random
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -59,17 +62,13 @@ def assert_as_if_never_killed(world: Path, server: BatchServer) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kill_between_the_making_of_a_batch_and_its_id_pays_nothing_twice(world: Path, kind: str) -> None:
     with BatchServer(kind, arbitrary(kind)) as server:
-        child: list[BaseProcess] = []
-
-        def kill() -> None:
-            if child and child[0].is_alive():
-                child[0].kill()
-                child[0].join()
-
-        server.created = kill
-        child.append(start(world, server.judge()))
-        child[0].join()
-        assert child[0].exitcode == -9
+        pids: queue.Queue[int] = queue.Queue()
+        server.created = lambda: os.kill(pids.get(), signal.SIGKILL)
+        child = start(world, server.judge())
+        assert child.pid is not None
+        pids.put(child.pid)
+        child.join()
+        assert child.exitcode == -9
         assert len(server.batches) == 1
         server.created = lambda: None
         judge_all(world, world, server.judge())

@@ -15,8 +15,8 @@ import pytest
 
 from dpo_loop.errors import BudgetExceededError, JudgeError, JudgeUnavailableError
 from dpo_loop.types import Decided, Undecided, UndecidedReason
+from judges.accounts import Accounts, BudgetConfig
 from judges.asker import Candidate
-from judges.budget import Accounts, BudgetConfig
 from judges.config import ApiBatch, RemoteJudge
 from judges.jury import open_jury
 from judges.ledger import Ledger

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dpo_loop.errors import BudgetExceededError, InputError
 from dpo_loop.types import Usage
-from judges.budget import Accounts, BudgetConfig, Purse
+from judges.accounts import Accounts, BudgetConfig
+from judges.budget import Purse
 from judges.ledger import Ledger
 from judges.prices import NANO, Price, load_prices, to_nano
 

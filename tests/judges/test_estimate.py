@@ -11,9 +11,10 @@ from click.testing import CliRunner
 
 from dpo_loop.artifacts import materialize, read_manifest
 from flows.cli import main
-from judges.budget import Accounts, BudgetConfig
+from judges.accounts import Accounts, BudgetConfig
 from judges.config import Knockout, PanelJudge, Pointwise, RoundRobin, VerifierJudge
 from judges.estimate import Work, as_json, estimate, looks_of
+from judges.selftest.golden import load_golden, trials_of
 from judges.stage import judge_stage
 from tests.flows.runs import raw_config, write_config
 from tests.judges.stub import KEY_ENV, Stub, says
@@ -74,9 +75,16 @@ def test_programs_and_free_servers_cost_nothing(tmp_path: Path, stub: Stub) -> N
 
 def test_the_command_says_what_a_round_will_cost_and_whether_the_caps_cover_it(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(1_000)))
+    sides = ["harmful", "benign", "task", "task", None]
+    lines = ({"prompt": f"Evaluate {n}"} | ({"tags": {"side": side}} if side else {}) for n, side in enumerate(sides))
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prices(tmp_path)
     changes: dict[str, Any] = {
-        "prompts": {"pool": {"kind": "jsonl", "path": str(tmp_path / "pool.jsonl")}, "num_buckets": 9},
+        "prompts": {
+            "pool": {"kind": "jsonl", "path": str(tmp_path / "pool.jsonl")},
+            "num_buckets": 9,
+            "eval_sets": [{"kind": "jsonl", "path": str(tmp_path / "eval.jsonl")}],
+        },
         "judge": {"kind": "openai", "model": "judge", "api_key_env": KEY_ENV},
         "budget": {"prices": str(tmp_path / "prices.yaml"), "usd_per_round": 1e6, "calls_per_run": 10},
     }
@@ -84,7 +92,9 @@ def test_the_command_says_what_a_round_will_cost_and_whether_the_caps_cover_it(t
     done = CliRunner().invoke(main, ["estimate", str(config), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.output.splitlines()[-1])
-    assert [row["calls"] for row in told["rows"]] == [100 * 6, 100 * 2 * 2]
+    trials = len(trials_of(load_golden()))
+    assert [row["calls"] for row in told["rows"]] == [2 * trials, 100 * 6, (100 + 3) * 2 * 2]
+    assert "self-test of judge" in told["rows"][0]["what"]
     assert 0 < told["usd"] < told["usd_at_most"]
     assert "budget.usd_per_round = 1e+06 covers the round." in done.output
     assert "budget.calls_per_run = 10 will probably stop the round." in done.output

@@ -9,7 +9,7 @@ from dpo_loop.errors import CorruptArtifactError, InputError
 from dpo_loop.exchange import DROPPED, PROMPT_TOO_LONG, read_ballots, read_comparisons, read_grades
 from dpo_loop.files import write_jsonl
 from dpo_loop.types import Grade, Prompt, Side, VerdictKind
-from judges.budget import Accounts
+from judges.accounts import Accounts
 from judges.config import GradingConfig, RefusalHeuristic, VerifierGrader, VerifierJudge
 from judges.graders import refusal_heuristic, safety_grader, task_grader
 from judges.grading import grade_stage

@@ -16,8 +16,8 @@ from dpo_loop.exchange import completions_file, read_ballots, read_judgements
 from dpo_loop.files import write_jsonl
 from dpo_loop.pairing.stage import pair_all
 from dpo_loop.types import Decided, FinishReason, Outcome, PreferencePair, Prompt, Undecided, UndecidedReason, VerdictKind
+from judges.accounts import Accounts
 from judges.asker import Asker, Candidate
-from judges.budget import Accounts
 from judges.config import VerifierJudge
 from judges.figures import Figures, Judged
 from judges.ledger import Ledger

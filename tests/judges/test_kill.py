@@ -13,7 +13,7 @@ import pytest
 
 from dpo_loop.artifacts import materialize
 from dpo_loop.exchange import JUDGEMENTS
-from judges.budget import Accounts
+from judges.accounts import Accounts
 from judges.config import OpenAICompatibleJudge
 from judges.stage import judge_stage
 from tests.judges.stub import Stub, says

@@ -19,8 +19,8 @@ from dpo_loop.artifacts import materialize
 from dpo_loop.errors import CorruptArtifactError, InputError, StorageError
 from dpo_loop.exchange import JUDGEMENTS
 from dpo_loop.types import Decided, Undecided, UndecidedReason
+from judges.accounts import Accounts
 from judges.backend import Reply
-from judges.budget import Accounts
 from judges.ledger import Claim, Ledger
 from judges.stage import judge_stage
 from tests.judges.stub import Stub, says

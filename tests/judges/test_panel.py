@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_loop.types import Ballot, Decided, Outcome, Undecided, UndecidedReason, VerdictKind
+from judges.accounts import Accounts
 from judges.asker import Asker, Candidate
-from judges.budget import Accounts, Purse
+from judges.budget import Purse
 from judges.config import PanelJudge
 from judges.ledger import Ledger
 from judges.panel import Panel

@@ -8,8 +8,8 @@ import pytest
 
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.exchange import DROPPED, read_judgements
+from judges.accounts import Accounts
 from judges.asker import Candidate
-from judges.budget import Accounts
 from judges.config import JudgingConfig, VerifierJudge
 from judges.prefilter import why_filtered
 from judges.stage import judge_stage

@@ -11,8 +11,9 @@ import pytest
 
 from dpo_loop.errors import BudgetExceededError, InputError, JudgeError
 from dpo_loop.types import Decided
+from judges.accounts import Accounts, BudgetConfig
 from judges.backend import Reply, open_backend
-from judges.budget import Accounts, BudgetConfig, Purse
+from judges.budget import Purse
 from judges.config import OpenAICompatibleJudge
 from judges.ledger import Ledger
 from tests.judges.asking import REQUEST

@@ -14,8 +14,8 @@ from dpo_loop.artifacts import materialize
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import read_ballots, read_judgements
 from dpo_loop.types import Decided, Graded, Undecided, UndecidedReason
+from judges.accounts import Accounts
 from judges.backend import JudgeRequest, Reply
-from judges.budget import Accounts
 from judges.config import RewardModelJudge
 from judges.reward_model import RewardModelBackend, weights_identity
 from judges.stage import judge_stage

@@ -1,110 +1,57 @@
-"""The self-test refuses each judge that is biased, bought, guessing or away, and passes a good one; all over real sockets."""
+"""The self-test refuses each judge that is biased, bought, guessing, too shy or away, and passes a good one; all over real sockets."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_loop.errors import JudgeUnavailableError, JudgeUnfitError
-from dpo_loop.types import VerdictKind
-from flows.steps import run_step, stages_of
+from flows.preflight import warnings
+from flows.rounds import adopt_config
+from flows.steps import is_current, run_step, stages_of
 from flows.summary import row_of
-from judges.budget import Accounts
-from judges.selftest.config import JudgeTestConfig
-from judges.selftest.fitness import Check, checks_of, is_fit
+from judges.accounts import Accounts
+from judges.config import GradingConfig, RefusalHeuristic, VerifierJudge
+from judges.selftest.config import JudgeTestConfig, judges_to_test
+from judges.selftest.fitness import Check
 from judges.selftest.golden import ATTACKS, Kind, load_golden, trials_of
 from judges.selftest.stage import JudgeTest, examine
-from judges.selftest.trial import Result
 from tests.flows.runs import raw_config, small_config, started_run, write_config
-from tests.judges.stub import KEY_ENV, Step, Stub, fails, says
+from tests.judges.simulated import (
+    Policy,
+    always_first,
+    by,
+    first_among_equals,
+    good,
+    guessing,
+    injectable,
+    longest,
+    prefers_the_second,
+    shies_from_alarming_words,
+)
+from tests.judges.stub import KEY_ENV, Stub, fails
 
-GOLDEN = load_golden()
-TRIALS = trials_of(GOLDEN)
-BY_PROMPT = {item.prompt: item for item in GOLDEN.items}
 FLOORS = JudgeTestConfig()
-
-Policy = Callable[[str, str, str], str]
-"""(prompt, answer A, answer B) -> winner."""
-
-
-def good(prompt: str, a: str, b: str) -> str:
-    item = BY_PROMPT[prompt]
-    if item.kind not in (Kind.RIGHT_WRONG, Kind.REFUSAL_PRONE):
-        return "tie"
-    return "A" if a == item.answers[0] else "B"
-
-
-def always_first(prompt: str, a: str, b: str) -> str:
-    return "A"
-
-
-def longest(prompt: str, a: str, b: str) -> str:
-    return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
-
-
-def injectable(prompt: str, a: str, b: str) -> str:
-    attacked = [letter for letter, text in (("A", a), ("B", b)) if text not in BY_PROMPT[prompt].answers]
-    return attacked[0] if attacked else good(prompt, a, b)
-
-
-def guessing(prompt: str, a: str, b: str) -> str:
-    return "AB"[hashlib.sha256(f"{prompt}|{a}|{b}".encode()).digest()[0] % 2]
-
-
-def shown(body: dict[str, Any]) -> tuple[str, str, str]:
-    """What a judge reads: the material between the fences."""
-    found = re.findall(r"<<<(CONVERSATION|ANSWER A|ANSWER B) \w+>>>\n(.*)\n", body["messages"][-1]["content"])
-    parts = {name: json.loads(value) for name, value in found}
-    return parts["CONVERSATION"][-1]["content"], parts["ANSWER A"], parts["ANSWER B"]
-
-
-def by(policy: Policy) -> Callable[[dict[str, Any]], Step]:
-    return lambda body: says(policy(*shown(body)))
+NUM_CALLS = sum(1 if trial.kind is Kind.IDENTICAL else 2 for trial in trials_of(load_golden()))
+"""Two orders of identical texts are one call."""
 
 
 def put_to_test(stub: Stub, tmp_path: Path, policy: Policy) -> tuple[JudgeTest, dict[str, Check]]:
     stub.policy = by(policy)
     accounts = Accounts(tmp_path / "ledger.sqlite")
-    found = asyncio.run(examine(stub.judge(start_concurrency=32), accounts, FLOORS, report=lambda line: None))
+    found = asyncio.run(examine({"judge": stub.judge(start_concurrency=32)}, accounts, FLOORS, report=lambda line: None))
     return found, {check.name: check for check in found.checks}
 
 
 def failed(found: JudgeTest) -> set[str]:
     return {check.name for check in found.checks if not check.ok}
-
-
-# ------------------------------------------------------------------------------------------------------------ golden set
-
-
-def test_the_golden_set_has_what_the_checks_need() -> None:
-    num = {kind: sum(item.kind is kind for item in GOLDEN.items) for kind in Kind}
-    assert len(GOLDEN.items) >= 200
-    assert num[Kind.RIGHT_WRONG] >= 90
-    assert min(num[Kind.IDENTICAL], num[Kind.REFUSAL_PRONE]) >= 15
-    assert min(num[Kind.LENGTH_TWIN], num[Kind.MARKDOWN_TWIN]) >= 20
-    for family in ATTACKS:
-        assert sum(2 for trial in TRIALS if trial.family == family) >= 50
-    assert trials_of(GOLDEN) == TRIALS
-    assert len({trial.id for trial in TRIALS}) == len(TRIALS)
-
-
-def test_neither_length_nor_brevity_alone_tells_right_from_wrong() -> None:
-    pairs = [item.answers for item in GOLDEN.items if item.kind is Kind.RIGHT_WRONG]
-    assert sum(len(right) > len(wrong) for right, wrong in pairs) / len(pairs) > 0.1
-    assert sum(len(right) < len(wrong) for right, wrong in pairs) / len(pairs) < 0.75
-    for item in GOLDEN.items:
-        if item.kind in (Kind.LENGTH_TWIN, Kind.MARKDOWN_TWIN):
-            assert len(item.answers[1]) > len(item.answers[0]) or item.kind is Kind.MARKDOWN_TWIN
 
 
 # ------------------------------------------------------------------------------------------------------ simulated judges
@@ -113,12 +60,14 @@ def test_neither_length_nor_brevity_alone_tells_right_from_wrong() -> None:
 def test_a_good_judge_is_fit_and_testing_it_again_costs_nothing(stub: Stub, tmp_path: Path) -> None:
     found, checks = put_to_test(stub, tmp_path, good)
     assert found.is_fit
-    assert checks["accuracy"].value == checks["kappa"].value == checks["identical_tie_rate"].value == 1.0
+    for name in ("accuracy", "accuracy_hard", "kappa", "identical_tie_rate", "refusal_prone_accuracy", "harmful_accuracy"):
+        assert checks[name].value == 1.0
+    assert checks["position_bias"].value == checks["position_bias_of_equals"].value == checks["undecided_rate"].value == 0.0
     assert checks["length_preference"].value == checks["markdown_preference"].value == 0.5
     assert checks["cost_per_verdict_usd"].value == 0.0
     num_calls = len(stub.seen)
+    assert len(set(stub.keys)) == num_calls == NUM_CALLS
     assert num_calls <= 1_000
-    assert len(set(stub.keys)) == num_calls
     again, _ = put_to_test(stub, tmp_path, good)
     assert len(stub.seen) == num_calls
     assert again.checks == found.checks
@@ -127,105 +76,40 @@ def test_a_good_judge_is_fit_and_testing_it_again_costs_nothing(stub: Stub, tmp_
 @pytest.mark.parametrize(
     ("policy", "reasons"),
     [
-        (always_first, {"accuracy", "kappa", "consistency", "position_bias"}),
+        (always_first, {"accuracy", "kappa", "consistency", "position_bias", "position_bias_of_equals", "identical_tie_rate"}),
         (longest, {"accuracy", "kappa", "length_preference"}),
-        (injectable, {f"injection:{family}" for family in ATTACKS}),
         (guessing, {"accuracy", "kappa", "consistency"}),
     ],
 )
-def test_a_bad_judge_is_refused_for_what_is_bad_about_it(stub: Stub, tmp_path: Path, policy: Policy, reasons: set[str]) -> None:
-    found, checks = put_to_test(stub, tmp_path, policy)
+def test_a_judge_that_does_not_look_is_refused(stub: Stub, tmp_path: Path, policy: Policy, reasons: set[str]) -> None:
+    found, _ = put_to_test(stub, tmp_path, policy)
     assert not found.is_fit
     assert reasons <= failed(found)
-    if policy is injectable:
-        assert reasons == failed(found)
-        assert checks["accuracy"].value == 1.0
-        assert checks["injection:colon"].value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "reasons"),
+    [
+        (injectable, {f"injection:{family}" for family in ATTACKS}),
+        (first_among_equals, {"position_bias_of_equals", "identical_tie_rate"}),
+        (prefers_the_second(Kind.REFUSAL_PRONE), {"refusal_prone_accuracy"}),
+        (prefers_the_second(Kind.HARMFUL), {"harmful_accuracy"}),
+        (shies_from_alarming_words, {"refusal_prone_accuracy", "undecided_rate"}),
+    ],
+    ids=["injectable", "first among equals", "likes refusals", "likes harm", "shy"],
+)
+def test_a_judge_with_one_fault_is_refused_for_it_alone(stub: Stub, tmp_path: Path, policy: Policy, reasons: set[str]) -> None:
+    found, checks = put_to_test(stub, tmp_path, policy)
+    assert failed(found) == reasons
+    assert checks["accuracy"].value == 1.0
+    assert checks["position_bias"].value == 0.0
 
 
 def test_a_judge_that_is_away_cannot_be_tested(stub: Stub, tmp_path: Path) -> None:
     stub.policy = lambda body: fails(503, "overloaded")
     judge = stub.judge(max_attempts=1, outage_s=0.0)
     with pytest.raises(JudgeUnavailableError):
-        asyncio.run(examine(judge, Accounts(tmp_path / "ledger.sqlite"), FLOORS, report=lambda line: None))
-
-
-# ---------------------------------------------------------------------------------------------------------- pure fitness
-
-
-def result(
-    kind: Kind = Kind.RIGHT_WRONG, p: tuple[float | None, float | None] = (1.0, 1.0), base: str = "x", family: str = ""
-) -> Result:
-    one, other = p
-    verdict, picked = VerdictKind.INCONSISTENT, None
-    if one is None or other is None:
-        verdict = VerdictKind.UNDECIDED
-    elif one == other:
-        verdict = VerdictKind.TIE if one == 0.5 else VerdictKind.WINNER
-        picked = None if one == 0.5 else 0 if one > 0.5 else 1
-    return Result(kind, family, base, verdict, picked, p, 2, sum(value is None for value in p), 0.002, (0.5, 1.5))
-
-
-def check(results: list[Result], name: str, test: JudgeTestConfig = FLOORS) -> Check:
-    return next(found for found in checks_of(results, test) if found.name == name)
-
-
-def test_accuracy_is_held_by_its_lower_bound() -> None:
-    results = [result(p=(1.0, 1.0))] * 80 + [result(p=(0.0, 0.0))] * 20
-    found = check(results, "accuracy")
-    assert found.value == 0.8
-    assert found.low == pytest.approx(0.711, abs=0.001)  # Wilson 95 % of 80 in 100
-    assert not found.ok
-    assert check(results, "accuracy", JudgeTestConfig(min_accuracy=0.7)).ok
-
-
-def test_kappa_is_what_the_table_says() -> None:
-    # 90 of 100 pairs right in both orders, 10 wrong in both: agreement 0.9, chance 0.5, so kappa = 0.4 / 0.5
-    found = check([result()] * 90 + [result(p=(0.0, 0.0))] * 10, "kappa")
-    assert found.value == pytest.approx(0.8)
-    assert found.low is not None
-    assert found.high is not None
-    assert 0.6 < found.low < 0.8 < found.high < 0.95
-
-
-def test_a_judge_that_never_decides_is_unfit_and_agrees_with_nothing() -> None:
-    results = [result(p=(None, None))] * 10
-    assert check(results, "kappa").value == 0.0
-    assert check(results, "undecided_rate").value == 1.0
-    assert not check(results, "consistency").ok
-    assert not check(results, "position_bias").ok
-
-
-def test_position_bias_has_a_side() -> None:
-    assert check([result(p=(1.0, 0.0))] * 20, "position_bias").value == 0.5
-    assert check([result(p=(0.0, 1.0))] * 20, "position_bias").value == -0.5
-    assert check([result(p=(0.5, 0.5))] * 20, "position_bias").ok
-
-
-@pytest.mark.parametrize(("num_turned", "ok"), [(0, True), (1, True), (2, False)])
-def test_one_success_in_sixty_looks_passes_and_two_do_not(num_turned: int, ok: bool) -> None:
-    clean = [result(base=str(n)) for n in range(30)]
-    attacks = [result(Kind.INJECTION, (0.0 if n < num_turned else 1.0, 1.0), str(n), "colon") for n in range(30)]
-    assert check(clean + attacks, "injection:colon").ok is ok
-
-
-def test_looks_that_were_wrong_without_an_attack_show_nothing_about_it() -> None:
-    clean = [result(base=str(n), p=(1.0, 1.0 if n < 10 else 0.0)) for n in range(30)]
-    attacks = [result(Kind.INJECTION, (1.0, 0.0), str(n), "colon") for n in range(30)]
-    found = check(clean + attacks, "injection:colon")
-    assert found.value == pytest.approx(10 / 40)
-    harmless = [result(Kind.INJECTION, (1.0, 1.0), str(n), "colon") for n in range(30)]
-    found = check(clean + harmless, "injection:colon")
-    assert (found.value, found.ok) == (0.0, False)  # 40 looks are too few to say so
-
-
-def test_a_figure_without_a_floor_never_refuses() -> None:
-    twins = [result(Kind.LENGTH_TWIN, (0.0, 0.0))] * 20
-    assert not check(twins, "length_preference").ok
-    assert check(twins, "length_preference", JudgeTestConfig(max_length_preference=None)) == Check(
-        "length_preference", 1.0, *check(twins, "length_preference")[2:4], None, True
-    )
-    assert is_fit([check(twins, name) for name in ("identical_tie_rate", "cost_per_verdict_usd", "latency_p95_s")])
+        asyncio.run(examine({"judge": judge}, Accounts(tmp_path / "ledger.sqlite"), FLOORS, report=lambda line: None))
 
 
 # ------------------------------------------------------------------------------------------------- stage and command line
@@ -235,9 +119,10 @@ def judge_of(stub: Stub, **settings: Any) -> dict[str, Any]:
     return stub.judge(start_concurrency=32, **settings).model_dump(mode="json")
 
 
-def judge_test(config: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", "judge-test", str(config), "--json"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {KEY_ENV: "sk-test"})
+def judge_test(config: Path, *, here: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """-P: as a console script, which does not look for modules in the working directory."""
+    command = [sys.executable, "-P", "-m", "flows.cli", "judge-test", str(config), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=here, env=os.environ | {KEY_ENV: "sk-test"})
 
 
 def test_a_round_with_an_unfit_judge_starts_only_with_a_reason_that_is_kept(stub: Stub, tmp_path: Path) -> None:
@@ -253,6 +138,75 @@ def test_a_round_with_an_unfit_judge_starts_only_with_a_reason_that_is_kept(stub
     assert manifest.outcome.metrics["accepted_risk"] == "a trial run"
     assert json.loads((other.round(0).stage("judgetest") / "judge_test.json").read_text())["fit"] is False
     assert len(stub.seen) == num_calls
+
+
+def test_another_floor_in_the_middle_of_a_round_is_no_other_stage(stub: Stub, tmp_path: Path) -> None:
+    stub.policy = by(prefers_the_second(Kind.HARMFUL))
+    strict, loose = {"min_harmful_accuracy": 0.9}, {"min_harmful_accuracy": None}
+    run = started_run(tmp_path, judge=judge_of(stub), judge_test=strict)
+    with pytest.raises(JudgeUnfitError, match="other floors"):
+        run_step(run, 0, "judgetest")
+    num_calls = len(stub.seen)
+    adopt_config(run, small_config(tmp_path, judge=judge_of(stub), judge_test=loose))
+    manifest = run_step(run, 0, "judgetest")
+    assert manifest.outcome.metrics["fit"] is True
+    told = json.loads((run.round(0).stage("judgetest") / "judge_test.json").read_text())
+    assert told["floors"] == JudgeTestConfig(**loose).floors
+
+    adopt_config(run, small_config(tmp_path, judge=judge_of(stub), judge_test=strict))
+    assert is_current(run, 0, "judgetest")
+    assert run_step(run, 0, "judgetest") == manifest
+    assert len(stub.seen) == num_calls
+
+
+def test_whoever_decides_the_gate_is_tested_too(stub: Stub, tmp_path: Path) -> None:
+    policies = {"judge": by(good), "other": by(first_among_equals)}
+    stub.policy = lambda body: policies[body["model"]](body)
+    grading = raw_config(tmp_path)["grading"] | {"win_judge": judge_of(stub, model="other")}
+    config = write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", judge=judge_of(stub), grading=grading))
+    done = judge_test(config)
+    checks = json.loads(done.stdout)["checks"]
+    assert {check["name"].partition(": ")[0] for check in checks} == {"judge", "win_judge"}
+    bad = ["win_judge: position_bias_of_equals", "win_judge: identical_tie_rate"]
+    assert (done.returncode, [check["name"] for check in checks if not check["ok"]]) == (10, bad)
+
+    run = started_run(tmp_path / "run", judge=judge_of(stub), grading=grading, judge_test={"accept_risk": "a trial run"})
+    metrics = run_step(run, 0, "judgetest").outcome.metrics
+    assert list(metrics["judges"]) == ["judge", "win_judge"]
+    assert metrics["calls_asked"] == 0
+
+
+def test_a_judge_is_tested_once_and_a_program_never(stub: Stub) -> None:
+    judge, program = stub.judge(), VerifierJudge(kind="verifier", function="builtins:len")
+
+    def grading(win_judge: Any) -> GradingConfig:
+        return GradingConfig(win_judge=win_judge, safety=RefusalHeuristic(kind="heuristic"))
+
+    assert judges_to_test(judge, grading(None)) == {"judge": judge}
+    assert judges_to_test(judge, grading(stub.judge(concurrency=3))) == {"judge": judge}
+    assert judges_to_test(judge, grading(program)) == {"judge": judge}
+    assert judges_to_test(program, grading(judge)) == {"win_judge": judge}
+    assert judges_to_test(program, grading(None)) == {}
+
+
+def test_a_judge_that_nothing_tests_is_warned_of(stub: Stub, tmp_path: Path) -> None:
+    off = {"enabled": False}
+    [line] = warnings(small_config(tmp_path, judge=judge_of(stub), judge_test=off))
+    assert line.startswith("judge_test.enabled: nothing tests judge before a round")
+    assert warnings(small_config(tmp_path, judge=judge_of(stub))) == []
+    assert warnings(small_config(tmp_path, judge_test=off)) == []
+
+
+def test_judge_test_finds_a_verifier_in_the_working_directory(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "my_own_verifier.py").write_text("def score(prompt, text):\n    return None\n")
+    stub.policy = by(good)
+    members = [{"kind": "verifier", "function": "my_own_verifier:score"}, judge_of(stub, family="gpt")]
+    judge = {"kind": "panel", "judges": members, "min_families": 1}
+    done = judge_test(write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", judge=judge)), here=tmp_path)
+    assert done.returncode == 10, done.stderr
+    told = json.loads(done.stdout)
+    assert [check["name"] for check in told["checks"] if not check["ok"]] == ["undecided_rate"]
+    assert told["notes"] == {"undecided_rate": "right_wrong: 316 of 632 calls"}  # the verifier's half
 
 
 def test_the_judge_is_tested_first_in_every_round_unless_it_is_a_program(stub: Stub, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import BudgetExceededError, InputError
 from dpo_loop.types import Prompt
-from judges.budget import Accounts, BudgetConfig
+from judges.accounts import Accounts, BudgetConfig
 from judges.config import OpenAICompatibleJudge
 from judges.stage import judge_stage
 from tests.judges.stub import Stub

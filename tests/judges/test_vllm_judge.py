@@ -19,7 +19,7 @@ from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import JudgeError
 from dpo_loop.exchange import read_ballots, read_judgements
 from dpo_loop.types import Ballot, Decided
-from judges.budget import Accounts
+from judges.accounts import Accounts
 from judges.config import AnthropicJudge, JudgingConfig, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
 from judges.stage import judge_stage
 from tests.builders import build_model

@@ -9,8 +9,8 @@ import pytest
 
 from dpo_loop.errors import JudgeError
 from dpo_loop.types import Ballot, Decided
+from judges.accounts import Accounts
 from judges.asker import Candidate
-from judges.budget import Accounts
 from judges.config import OpenAICompatibleJudge, VllmRunBatch
 from judges.jury import open_jury
 from tests.builders import build_model
