@@ -13,7 +13,7 @@ from dpo_loop.types import Side
 from flows.config import WORLD_PREFIX, RunConfig
 from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of
 from judges.selftest.config import judges_to_test
-from judges.selftest.golden import load_golden, trials_of
+from judges.selftest.golden import DRIFT_TRIALS, load_golden, trials_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def _tests(config: RunConfig) -> Iterator[Work]:
     texts = [len(answer.text.encode()) for trial in trials for answer in trial.answers]
     for name, judge in judges_to_test(config.judge, config.grading).items():
         yield Work(
-            what=f"self-test of {name}: {len(trials)} pairs, once; later rounds know the answers",
+            what=f"self-test of {name}: {len(trials)} pairs, once; later rounds ask {DRIFT_TRIALS} again",
             judge=judge,
             num_prompts=len(trials),
             looks=0,

@@ -8,7 +8,7 @@ for it; the value itself elsewhere. That goes for injections too: with 60 looks 
 show 2 % by its bound without some 190 looks a family; by value, one success of 60 passes and two do not.
 
 What a judge gets wrong in one kind of item is not made up for by the others: the kinds have floors of their own, position bias is measured
-apart among equals, where nothing else decides, and the rate of undecided calls is that of the worst kind.
+apart among equals, where nothing else decides, and the rate of undecided looks is that of the worst kind.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def is_fit(checks: Iterable[Check]) -> bool:
     return all(check.ok for check in checks)
 
 
-def checks_of(results: Sequence[Result], test: JudgeTestConfig) -> list[Check]:
-    """Always the same checks in the same order. What could not be measured does not pass where it has a floor."""
+def checks_of(results: Sequence[Result], test: JudgeTestConfig, again: Sequence[Result] = ()) -> list[Check]:
+    """Always the same checks in the same order. again: some of them, asked anew. What could not be measured does not pass where it has a floor."""
     of = {kind: [result for result in results if result.kind is kind] for kind in Kind}
     graded = of[Kind.RIGHT_WRONG]
     equals = [*of[Kind.IDENTICAL], *of[Kind.LENGTH_TWIN], *of[Kind.MARKDOWN_TWIN]]
@@ -71,6 +71,7 @@ def checks_of(results: Sequence[Result], test: JudgeTestConfig) -> list[Check]:
         _preference("markdown_preference", of[Kind.MARKDOWN_TWIN], test.max_markdown_preference),
         *_injections(graded, of[Kind.INJECTION], test.max_injection),
         _undecided(of, test.max_undecided),
+        _drift(results, again, test.max_drift),
         _cost(results),
         *(_latency(f"latency_p{percent}_s", results, percent / 100) for percent in (50, 95)),
     ]
@@ -201,14 +202,14 @@ def _injections(graded: Sequence[Result], attacks: Sequence[Result], ceiling: fl
 
 
 def _undecided(of: Mapping[Kind, Sequence[Result]], ceiling: float) -> Check:
-    """Of calls, in the kind of item where most of them are undecided."""
-    counts = {kind: (sum(r.num_undecided for r in of[kind]), sum(r.num_calls for r in of[kind])) for kind in of if of[kind]}
+    """Of looks, in the kind of item where most of them are undecided."""
+    counts = {kind: (sum(r.num_undecided for r in of[kind]), sum(r.num_looks for r in of[kind])) for kind in of if of[kind]}
     if not counts:
         return _unmeasured("undecided_rate", ceiling)
     worst = max(counts, key=lambda kind: counts[kind][0] / counts[kind][1])
-    num, num_calls = counts[worst]
-    check = _share("undecided_rate", num, num_calls, ceiling, Rule.VALUE_WITHIN)
-    return check._replace(note=f"{worst}: {num} of {num_calls} calls") if num else check
+    num, num_looks = counts[worst]
+    check = _share("undecided_rate", num, num_looks, ceiling, Rule.VALUE_WITHIN)
+    return check._replace(note=f"{worst}: {num} of {num_looks} looks") if num else check
 
 
 def _preference(name: str, twins: Sequence[Result], ceiling: float | None) -> Check:
@@ -218,6 +219,18 @@ def _preference(name: str, twins: Sequence[Result], ceiling: float | None) -> Ch
     if value is None:
         return _unmeasured(name, ceiling)
     return Check(name, value, low, high, ceiling, ceiling is None or value <= ceiling)
+
+
+def _drift(results: Sequence[Result], again: Sequence[Result], ceiling: float | None) -> Check:
+    """Share of looks that name another winner than the first time; those that were undecided once say nothing."""
+    if not again:
+        return Check("drift", None, None, None, None, True, "measured from round 1 on")
+    before = {result.base: result.p_first for result in results if result.kind is Kind.RIGHT_WRONG}
+    looks = [pair for result in again for pair in zip(before[result.base], result.p_first, strict=True)]
+    changed = [
+        (one > 0.5, one < 0.5) != (other > 0.5, other < 0.5) for one, other in looks if one is not None and other is not None
+    ]
+    return _rate("drift", changed, ceiling, Rule.VALUE_WITHIN)
 
 
 def _cost(results: Sequence[Result]) -> Check:

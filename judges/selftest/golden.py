@@ -7,6 +7,7 @@ family of injections, each time with the attack on the side of the wrong answer.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -21,6 +22,7 @@ VERSION = 1
 FILE = f"golden-v{VERSION}.jsonl"
 EASY = "easy"
 """Tag of items that any child gets right, so that a wrong look after an injection is the injection's work."""
+DRIFT_TRIALS = 50
 HARD = "hard"
 """Tag of items whose right answer takes more than one thought, and whose wrong one is well argued."""
 
@@ -136,6 +138,12 @@ def trials_of(golden: Golden) -> list[Trial]:
         for index, item in enumerate(easy)
     ]
     return plain + attacks
+
+
+def drift_slice(trials: Sequence[Trial]) -> list[Trial]:
+    """Right and wrong answers, the same ones for ever, spread over the set."""
+    graded = [trial for trial in trials if trial.kind is Kind.RIGHT_WRONG]
+    return graded[:: max(1, len(graded) // DRIFT_TRIALS)][:DRIFT_TRIALS]
 
 
 def _trial(item: GoldenItem, name: str, kind: Kind, family: str, other: str) -> Trial:

@@ -21,7 +21,7 @@ from judges.config import Judge
 from judges.jury import open_jury
 from judges.selftest.config import JudgeTestConfig
 from judges.selftest.fitness import Check, checks_of, is_fit, lines_of
-from judges.selftest.golden import load_golden, trials_of
+from judges.selftest.golden import drift_slice, load_golden, trials_of
 from judges.selftest.trial import run_trials
 
 VERSION = 2
@@ -52,7 +52,8 @@ class JudgeTest(NamedTuple):
 async def examine(
     judges: Mapping[str, Judge], accounts: Accounts, test: JudgeTestConfig, *, report: Callable[[str], None] = say
 ) -> JudgeTest:
-    """judges: by name, as `judges_to_test` gives them. Where there are several, a check's name opens with that of its judge.
+    """judges: by name, as `judges_to_test` gives them. Where there are several, a check's name opens with that of its judge. After round 0 the
+    ledger knows the answers of the whole set; a slice of it is asked anew each round, which shows a model that changed behind its name.
 
     Raises what makes asking pointless: InputError, JudgeError, JudgeUnavailableError, BudgetExceededError.
     """
@@ -60,10 +61,16 @@ async def examine(
     figures = {}
     for name, judge in judges.items():
         async with open_jury(judge, accounts) as jury:
-            results = await run_trials(jury, trials_of(load_golden()), name=name, say=report)
+            trials = trials_of(load_golden())
+            results = await run_trials(jury, trials, name=name, say=report)
+            again = []
+            if accounts.round_number:
+                again = await run_trials(
+                    jury, drift_slice(trials), name=f"{name} again", say=report, replicate=accounts.round_number
+                )
             figures[name] = jury.figures()
         prefix = f"{name}: " if len(judges) > 1 else ""
-        checks += [check._replace(name=prefix + check.name) for check in checks_of(results, test)]
+        checks += [check._replace(name=prefix + check.name) for check in checks_of(results, test, again)]
     return JudgeTest(checks, figures)
 
 

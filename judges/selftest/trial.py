@@ -1,4 +1,4 @@
-"""Showing the trials to a jury, as labels are made: both orders, replicate 0, through the ledger, so a repeat costs nothing."""
+"""Showing the trials to a jury, as labels are made: both orders, through the ledger, so a repeat of the same replicate costs nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dpo_loop.types import Ballot, Decided, Undecided, Verdict, VerdictKind
+from dpo_loop.types import Ballot, Decided, Verdict, VerdictKind
 from judges.figures import spaced
 from judges.jury import Jury
 from judges.selftest.golden import Kind, Trial
@@ -29,17 +29,19 @@ class Result:
     verdict: VerdictKind
     picked: int | None
     p_first: tuple[float | None, float | None]
-    num_calls: int
+    num_looks: int
     num_undecided: int
     cost_usd: float | None
     latencies_s: tuple[float, ...]
 
 
-async def run_trials(jury: Jury, trials: Sequence[Trial], *, name: str, say: Callable[[str], None]) -> list[Result]:
+async def run_trials(
+    jury: Jury, trials: Sequence[Trial], *, name: str, say: Callable[[str], None], replicate: int = 0
+) -> list[Result]:
     """One Result per trial, in their order. name: of the judge, as it is told. Raises what makes going on pointless: JudgeError, InputError, BudgetExceededError."""
 
     async def work(trial: Trial) -> Result:
-        verdict, ballots = await jury.both_orders(trial.prompt, *trial.answers)
+        verdict, ballots = await jury.both_orders(trial.prompt, *trial.answers, replicate=replicate)
         return result_of(trial, verdict, ballots)
 
     def report(num_done: int) -> None:
@@ -52,12 +54,16 @@ async def run_trials(jury: Jury, trials: Sequence[Trial], *, name: str, say: Cal
 
 
 def result_of(trial: Trial, verdict: Verdict, ballots: Sequence[Ballot]) -> Result:
-    """Two orders of identical texts are one call: it counts, and costs, once."""
+    """Two orders of identical texts are one call: it counts, and costs, once. A look of a panel is undecided where too few of it decide: a
+    member that cannot tell, such as a program, leaves it to the others."""
     first, second = (answer.id for answer in trial.answers)
     calls = {ballot.key: ballot for ballot in ballots}.values()
     costs = [ballot.cost_usd for ballot in calls]
     known = [cost for cost in costs if cost is not None]
     shown_second = _mean_p(ballots, second)
+    p_first = (_mean_p(ballots, first), None if shown_second is None else 1 - shown_second)
+    num_looks = 1 if trial.answers[0].text == trial.answers[1].text else 2
+    is_undecided_panel = len(ballots) > 2 and verdict.kind is VerdictKind.UNDECIDED
     return Result(
         kind=trial.kind,
         family=trial.family,
@@ -65,9 +71,9 @@ def result_of(trial: Trial, verdict: Verdict, ballots: Sequence[Ballot]) -> Resu
         tags=trial.tags,
         verdict=verdict.kind,
         picked={first: 0, second: 1}.get(verdict.winner_id or ""),
-        p_first=(_mean_p(ballots, first), None if shown_second is None else 1 - shown_second),
-        num_calls=len(calls),
-        num_undecided=sum(isinstance(ballot.outcome, Undecided) for ballot in calls),
+        p_first=p_first,
+        num_looks=num_looks,
+        num_undecided=num_looks if is_undecided_panel else min(num_looks, p_first.count(None)),
         cost_usd=sum(known) if len(known) == len(costs) else None,
         latencies_s=tuple(ballot.latency_s for ballot in calls),
     )

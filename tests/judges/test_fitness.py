@@ -27,9 +27,9 @@ def result(
         winner = VerdictKind.TIE if signs == {0} else VerdictKind.WINNER
         verdict = winner if len(signs) == 1 else VerdictKind.WEAK if 0 in signs else VerdictKind.INCONSISTENT
         picked = {1: 0, -1: 1}.get(signs.pop()) if verdict is VerdictKind.WINNER else None
-    num_calls = 1 if kind is Kind.IDENTICAL else 2
-    num_undecided = min(num_calls, sum(value is None for value in p))
-    return Result(kind, family, base, tags, verdict, picked, p, num_calls, num_undecided, 0.002, (0.5, 1.5))
+    num_looks = 1 if kind is Kind.IDENTICAL else 2
+    num_undecided = min(num_looks, sum(value is None for value in p))
+    return Result(kind, family, base, tags, verdict, picked, p, num_looks, num_undecided, 0.002, (0.5, 1.5))
 
 
 def identical(p: float | None) -> Result:
@@ -132,7 +132,7 @@ def test_refusals_have_floors_of_their_own(kind: Kind, name: str) -> None:
 def test_the_rate_of_undecided_calls_is_that_of_the_worst_kind() -> None:
     results = [result()] * 400 + [result(Kind.REFUSAL_PRONE, (None, None))] * 16 + [identical(None)] + [identical(0.5)] * 19
     found = check(results, "undecided_rate")
-    assert (found.value, found.ok, found.note) == (1.0, False, "refusal_prone: 32 of 32 calls")
+    assert (found.value, found.ok, found.note) == (1.0, False, "refusal_prone: 32 of 32 looks")
     few = [result()] * 400 + [identical(None)] + [identical(0.5)] * 19
     assert (check(few, "undecided_rate").value, check(few, "undecided_rate").ok) == (0.05, True)
     assert not check([*few, result(Kind.HARMFUL, (1.0, None))], "undecided_rate").ok

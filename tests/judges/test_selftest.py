@@ -21,7 +21,7 @@ from judges.accounts import Accounts
 from judges.config import GradingConfig, RefusalHeuristic, VerifierJudge
 from judges.selftest.config import JudgeTestConfig, judges_to_test
 from judges.selftest.fitness import Check
-from judges.selftest.golden import ATTACKS, Kind, load_golden, trials_of
+from judges.selftest.golden import ATTACKS, DRIFT_TRIALS, Kind, load_golden, trials_of
 from judges.selftest.stage import JudgeTest, examine
 from tests.flows.runs import raw_config, small_config, started_run, write_config
 from tests.judges.simulated import (
@@ -43,9 +43,11 @@ NUM_CALLS = sum(1 if trial.kind is Kind.IDENTICAL else 2 for trial in trials_of(
 """Two orders of identical texts are one call."""
 
 
-def put_to_test(stub: Stub, tmp_path: Path, policy: Policy) -> tuple[JudgeTest, dict[str, Check]]:
+def put_to_test(
+    stub: Stub, tmp_path: Path, policy: Policy, *, round_number: int | None = None
+) -> tuple[JudgeTest, dict[str, Check]]:
     stub.policy = by(policy)
-    accounts = Accounts(tmp_path / "ledger.sqlite")
+    accounts = Accounts(tmp_path / "ledger.sqlite", round_number=round_number)
     found = asyncio.run(examine({"judge": stub.judge(start_concurrency=32)}, accounts, FLOORS, report=lambda line: None))
     return found, {check.name: check for check in found.checks}
 
@@ -103,6 +105,20 @@ def test_a_judge_with_one_fault_is_refused_for_it_alone(stub: Stub, tmp_path: Pa
     assert failed(found) == reasons
     assert checks["accuracy"].value == 1.0
     assert checks["position_bias"].value == 0.0
+
+
+def test_another_model_behind_the_same_name_is_noticed_in_a_later_round(stub: Stub, tmp_path: Path) -> None:
+    _, first = put_to_test(stub, tmp_path, good, round_number=0)
+    assert (first["drift"].value, first["drift"].ok) == (None, True)
+    num_calls = len(stub.seen)
+    same, checks = put_to_test(stub, tmp_path, good, round_number=1)
+    assert same.is_fit
+    assert checks["drift"].value == 0.0
+    assert len(stub.seen) == num_calls + 2 * DRIFT_TRIALS
+    changed, checks = put_to_test(stub, tmp_path, guessing, round_number=2)
+    assert failed(changed) == {"drift"}, "of all else the ledger knows the answers"
+    assert 0.3 < (checks["drift"].value or 0.0) < 0.7
+    assert len(stub.seen) == num_calls + 4 * DRIFT_TRIALS
 
 
 def test_a_judge_that_is_away_cannot_be_tested(stub: Stub, tmp_path: Path) -> None:
@@ -203,10 +219,10 @@ def test_judge_test_finds_a_verifier_in_the_working_directory(stub: Stub, tmp_pa
     members = [{"kind": "verifier", "function": "my_own_verifier:score"}, judge_of(stub, family="gpt")]
     judge = {"kind": "panel", "judges": members, "min_families": 1}
     done = judge_test(write_config(tmp_path / "c.yaml", raw_config(tmp_path / "run", judge=judge)), here=tmp_path)
-    assert done.returncode == 10, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert [check["name"] for check in told["checks"] if not check["ok"]] == ["undecided_rate"]
-    assert told["notes"] == {"undecided_rate": "right_wrong: 316 of 632 calls"}  # the verifier's half
+    assert told["fit"], "the verifier cannot tell, and leaves it to the other"
+    assert told["notes"] == {"drift": "measured from round 1 on"}
 
 
 def test_the_judge_is_tested_first_in_every_round_unless_it_is_a_program(stub: Stub, tmp_path: Path) -> None:
