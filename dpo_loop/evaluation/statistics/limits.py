@@ -1,4 +1,4 @@
-"""Intervals and tests of the gate. Pure functions of counts. Of scipy only `special`: `scipy.stats` takes a second to import.
+"""Limits and tests of rates and of paired differences. Pure functions of counts. Of scipy only `special`: `scipy.stats` takes a second to import.
 
 All limits are one-sided at confidence 1 - alpha, because the gate asks one-sided questions: is it no worse than a margin? A lower
 and an upper limit together are an interval of confidence 1 - 2 alpha. With no observations a limit is the end of its range: nothing
@@ -16,10 +16,11 @@ from scipy.special import betainc, betaincinv, ndtri
 SideOfLimit = Literal["lower", "upper"]
 
 
-def tango_limit(num_worse: int, num_better: int, num_pairs: int, *, alpha: float, side: SideOfLimit) -> float:
+def tango_limit(num_worse: float, num_better: float, num_pairs: float, *, alpha: float, side: SideOfLimit) -> float:
     """One-sided score limit of (num_worse - num_better) / num_pairs for paired binary outcomes, in -1..1.
 
-    num_worse: the reference was good, the candidate is bad; num_better: the other way round; the remaining pairs agree.
+    num_worse: the reference was good, the candidate is bad; num_better: the other way round; the remaining pairs agree. They need not be
+    whole: clustered pairs come as effective numbers (clusters.py).
     Tango (1998), Statistics in Medicine 17:891-908: the limit is the difference at which the score statistic, its nuisance
     parameter estimated under that difference, equals the normal quantile; found by bisection.
     Raises ValueError if the counts cannot be.
