@@ -31,7 +31,7 @@ from dpo_loop.config import (
 )
 from dpo_loop.errors import ConfigError
 from judges.accounts import BudgetConfig
-from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single
+from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single, VllmRunBatchJudge
 from judges.selftest.config import JudgeTestConfig
 
 WORLD_PREFIX = "world:"
@@ -278,8 +278,11 @@ def _absolute_judge(judge: Judge | None) -> Judge | None:
 
 def _absolute_single(judge: Single) -> Single:
     match judge:
-        case RemoteJudge() if judge.rubric.endswith(".md"):
-            return judge.model_copy(update={"rubric": _absolute(judge.rubric)})
+        case RemoteJudge():
+            changes = {"rubric": _absolute(judge.rubric)} if judge.rubric.endswith(".md") else {}
+            if isinstance(judge, VllmRunBatchJudge):
+                changes["weights"] = _absolute_model(judge.weights)
+            return judge.model_copy(update=changes)
         case RewardModelJudge():
             return judge.model_copy(update={"model": _absolute_model(judge.model)})
     return judge

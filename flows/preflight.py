@@ -23,7 +23,7 @@ from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, read_raw, resolve_paths, schema_problems, written_path
 from flows.steps import import_from_here
-from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VerifierGrader, VerifierJudge
+from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VerifierGrader, VerifierJudge, VllmRunBatchJudge
 from judges.rubric import load_rubric
 from judges.selftest.config import judges_to_test
 
@@ -248,6 +248,8 @@ def _judge_problems(config: RunConfig) -> Iterator[str]:
         match judge:
             case RemoteJudge():
                 yield from _remote_problems(config, name, judge)
+                if isinstance(judge, VllmRunBatchJudge) and not is_hub_id(judge.weights) and not Path(judge.weights).is_dir():
+                    yield f"{name}.weights: {judge.weights} is not a directory"
             case VerifierJudge():
                 yield from _function_problems(f"{name}.function", judge.function)
             case RewardModelJudge():
@@ -259,7 +261,7 @@ def _judge_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _remote_problems(config: RunConfig, name: str, judge: RemoteJudge) -> Iterator[str]:
-    if not os.environ.get(judge.api_key_env):
+    if judge.api_key_env and not os.environ.get(judge.api_key_env):
         yield (
             f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "
             "without keys)"

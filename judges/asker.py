@@ -20,6 +20,7 @@ from judges.workers import all_of
 KEY_VERSION = 1
 LOOK_AGAIN_S = 0.2
 """How often a call that another process is making is looked at."""
+LOOK_AGAIN_IN_WAVES_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: s
     """What the key of a call is hashed from: who is asked how, and the texts in the order shown. Ids, run and API key are not in it,
     so the same question is the same call in every round."""
     material = {"prompt": [[m.model_dump() for m in prompt.messages], prompt.tags], "left": left, "right": right}
-    hashes = {f"{name}_sha256": hashlib.sha256(canonical_json(value).encode()).hexdigest() for name, value in material.items()}
+    bodies = {name: canonical_json(value).encode(errors="surrogatepass") for name, value in material.items()}
+    hashes = {f"{name}_sha256": hashlib.sha256(body).hexdigest() for name, body in bodies.items()}
     return {"v": KEY_VERSION, **identity, **hashes, "replicate": replicate}
 
 
@@ -154,7 +156,7 @@ class Asker:
                 case Claim.MINE:
                     return await self._paid(request)
                 case Claim.THEIRS:
-                    await asyncio.sleep(LOOK_AGAIN_S)
+                    await asyncio.sleep(LOOK_AGAIN_IN_WAVES_S if self.in_waves else LOOK_AGAIN_S)
 
     async def _paid(self, request: JudgeRequest) -> Reply:
         try:

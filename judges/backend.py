@@ -15,7 +15,6 @@ from pydantic import Field
 from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
 from judges.config import (
     AnthropicJudge,
-    ApiBatch,
     OpenAICompatibleJudge,
     OpenAIJudge,
     RemoteJudge,
@@ -23,7 +22,7 @@ from judges.config import (
     Single,
     VerifierJudge,
     VllmLabelJudge,
-    VllmRunBatch,
+    VllmRunBatchJudge,
 )
 
 if TYPE_CHECKING:
@@ -108,34 +107,39 @@ def open_backend(config: Single, purse: Purse, ledger: Ledger) -> Backend:
         from judges.reward_model import RewardModelBackend
 
         return RewardModelBackend(config)
-    from judges.remote import RemoteBackend
+    from judges.remote import RemoteBackend, identity_of
 
     dialect = _dialect_of(config)
-    return RemoteBackend(config, dialect, _sender_of(config, dialect, purse, ledger))
+    identity = identity_of(config, dialect)
+    return RemoteBackend(config, dialect, _sender_of(config, dialect, identity, purse, ledger), identity)
 
 
-def _sender_of(config: RemoteJudge, dialect: Dialect, purse: Purse, ledger: Ledger) -> Sender:
-    if config.batch is None:
+def _sender_of(config: RemoteJudge, dialect: Dialect, identity: Mapping[str, Any], purse: Purse, ledger: Ledger) -> Sender:
+    from judges.batches.store import BatchStore
+
+    store = BatchStore(ledger, identity)
+    if config.batch is None and not isinstance(config, VllmRunBatchJudge):
         from judges.direct import DirectSender
 
+        store.refuse_direct_calls(config.model)
         return DirectSender(config, dialect, purse)
     from judges.batches.sender import BatchSender
 
     vendor: BatchVendor
-    match config.batch:
-        case VllmRunBatch():
+    match config:
+        case VllmRunBatchJudge():
             from judges.batches.run_batch import RunBatch
 
-            vendor = RunBatch(config.model, config.batch, ledger.path)
-        case ApiBatch() if isinstance(config, AnthropicJudge):
+            vendor = RunBatch(config, ledger.path)
+        case AnthropicJudge():
             from judges.batches.anthropic import AnthropicBatches
 
             vendor = AnthropicBatches(dialect)
-        case ApiBatch():
+        case _:
             from judges.batches.openai import OpenAIBatches
 
             vendor = OpenAIBatches(dialect)
-    return BatchSender(config, config.batch, dialect, vendor, purse, ledger)
+    return BatchSender(config, dialect, vendor, purse, store)
 
 
 def _dialect_of(config: RemoteJudge) -> Dialect:

@@ -55,7 +55,7 @@ UPDATE money SET reserved_nano = reserved_nano + ?, spent_nano = spent_nano + ?,
 WHERE owner = ? AND round = ?
 """
 _END_BATCH = """
-UPDATE money SET reserved_nano = 0, spent_nano = ?, kept_nano = max(kept_nano, reserved_nano / max(1, calls) * ?), calls = ? WHERE owner = ?
+UPDATE money SET reserved_nano = 0, spent_nano = ?, kept_nano = reserved_nano / max(1, calls) * ?, calls = ? WHERE owner = ?
 """
 _TOTALS = """
 SELECT total(reserved_nano + spent_nano + kept_nano), total(calls), total((reserved_nano + spent_nano + kept_nano) * (round = :round)),
@@ -84,7 +84,7 @@ class Purse:
         self._ratios: dict[str, float] = {}
         self._under_way = 0
         self._batches: set[str] = set()
-        """Plans that this process reserved and that are under way."""
+        """Plans that are under way here."""
         self._in_line = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -115,25 +115,41 @@ class Purse:
     async def reserve_batch(
         self, plan: str, model: str | None, body_bytes: int, max_output_tokens: int, num: int, also: Change
     ) -> None:
-        """Set aside the most that a batch can cost, of all its calls together, and make `also` in the same transaction. Ended by `end_batch`."""
-        price = self._price(model)
-        await self._reserve(
-            Reservation(self, model, price, body_bytes, max_output_tokens, num=num, owner=BATCH_PREFIX + plan, also=also)
+        """Set aside the most that a batch can cost, of all its calls together, and make `also` in the same transaction.
+
+        It counts as under way until `leave_batch`; its money stays set aside until `end_batch`, here or in another process.
+        """
+        made = Reservation(
+            self, model, self._price(model), body_bytes, max_output_tokens, num=num, owner=BATCH_PREFIX + plan, also=also
         )
+        await self._reserve(made)
         self._batches.add(plan)
 
-    async def end_batch(self, plan: str, *, spent: int, num_billed: int, num_unknown: int, also: Change) -> None:
-        """Nano-dollars that its answered calls cost, and how many may have cost something else; whichever process reserved it. Once is as good as twice."""
+    def join_batch(self, plan: str) -> None:
+        """One that a process which is gone has reserved is under way here."""
+        if plan not in self._batches:
+            self._batches.add(plan)
+            self._under_way += 1
+
+    def leave_batch(self, plan: str) -> None:
+        """It ended, or cannot be waited for here: whoever waits for room looks again."""
+        if plan in self._batches:
+            self._batches.discard(plan)
+            self._under_way -= 1
+            self._changed.set()
+
+    async def end_batch(
+        self, plan: str, *, spent: int, num_billed: int, num_unknown: int, also: Callable[[sqlite3.Connection], bool]
+    ) -> None:
+        """Nano-dollars that its answered calls cost, and how many may have cost something else. also: the end of the batch itself, in the same
+        transaction; False where another process has ended it, and its money with it."""
 
         def work(db: sqlite3.Connection) -> None:
-            db.execute(_END_BATCH, (spent, num_unknown, num_billed, BATCH_PREFIX + plan))
-            also(db)
-            if plan in self._batches:
-                self._batches.discard(plan)
-                self._under_way -= 1
-                self._changed.set()
+            if also(db):
+                db.execute(_END_BATCH, (spent, num_unknown, num_billed, BATCH_PREFIX + plan))
 
         await self._ledger.write(work)
+        self.leave_batch(plan)
 
     def _price(self, model: str | None) -> Price:
         return FREE if model is None else self._prices.of(model)
@@ -188,10 +204,10 @@ class Purse:
             if made.state == "ended":
                 return None
             over = (
-                _over(self._budget.usd_per_run, run_nano, made.nano, "usd_per_run")
-                or _over(self._budget.usd_per_round, round_nano, made.nano, "usd_per_round")
-                or _over(self._budget.calls_per_run, run_calls, made.num, "calls_per_run")
-                or _over(self._budget.calls_per_round, round_calls, made.num, "calls_per_round")
+                _over(self._budget.usd_per_run, run_nano, made.nano, "usd_per_run", made.num)
+                or _over(self._budget.usd_per_round, round_nano, made.nano, "usd_per_round", made.num)
+                or _over(self._budget.calls_per_run, run_calls, made.num, "calls_per_run", made.num)
+                or _over(self._budget.calls_per_round, round_calls, made.num, "calls_per_round", made.num)
             )
             if over is None:
                 if made.owner:
@@ -274,8 +290,8 @@ class Reservation:
         self.purse.end(change)
 
 
-def _over(cap: float | int | None, taken: int, asked: int, key: str) -> str | None:
-    """A sentence if `asked` more would be over the cap. Dollars are counted in nano-dollars."""
+def _over(cap: float | int | None, taken: int, asked: int, key: str, num: int) -> str | None:
+    """A sentence if `asked` more, of `num` calls, would be over the cap. Dollars are counted in nano-dollars."""
     if cap is None:
         return None
     is_money = key.startswith("usd")
@@ -283,7 +299,8 @@ def _over(cap: float | int | None, taken: int, asked: int, key: str) -> str | No
         return None
     show: Callable[[float], str] = (lambda nano: f"${to_usd(int(nano)):.4f}") if is_money else (lambda calls: f"{int(calls)} calls")
     limit = f"${cap:.4f}" if is_money else f"{int(cap)} calls"
+    what, other = ("call", "") if num == 1 else (f"batch of {num} calls", ", or lower judge.batch.max_calls,")
     return (
-        f"the next call could go over budget.{key}: {limit}; {show(taken)} are spent or set aside and the call may need {show(asked)}. "
-        f"Nothing was sent. Raise budget.{key} and run the same command again: every answered call is kept."
+        f"the next {what} could go over budget.{key}: {limit}; {show(taken)} are spent or set aside and the {what} may need {show(asked)}. "
+        f"Nothing was sent. Raise budget.{key}{other} and run the same command again: every answered call is kept."
     )

@@ -19,31 +19,20 @@ class VerifierJudge(Settings):
 class ApiBatch(Settings):
     """Calls go in batches, which cost about half and are answered within a day, mostly within an hour.
 
-    A judge's calls come in waves (the rounds of a knockout, then both orders of the last pair), and each wave waits for the one before. gather_s:
-    without a new call for so long, those that are there are sent. poll_s: between two looks at a batch. hand_over_s: how long after a hand-over that was cut short the batch may still appear at the vendor.
+    A judge's calls come in waves (the rounds of a knockout, then both orders of the last pair), and each wave waits for the one before.
+    max_calls: in one batch, and prompts that are judged at once. gather_s: without a new call for so long, those that are there are sent.
+    poll_s: between two looks at a batch. hand_over_s: a batch whose hand-over was cut short may appear at the vendor so much later. queue_s: how
+    long a vendor's full queue is waited for. give_up: ids of batches that are not to be waited for any more; their calls are asked anew,
+    and what was set aside for them stays so, since they may be paid.
     """
 
     kind: Literal["api"] = "api"
     max_calls: int = Field(10_000, ge=1, le=50_000)
-    """In one batch, and prompts that are judged at once."""
     gather_s: float = Field(2.0, gt=0)
     poll_s: float = Field(30.0, gt=0)
     hand_over_s: float = Field(60.0, ge=0)
-
-
-class VllmRunBatch(Settings):
-    """Calls go through `vllm run-batch` on this machine: no server, one start of the engine for each wave of calls.
-
-    weights: of the judge, a directory or a hub id; they are served under the judge's `model`. args: further ones of vLLM's command.
-    """
-
-    kind: Literal["vllm_run_batch"]
-    weights: str
-    args: tuple[str, ...] = ()
-    max_calls: int = Field(50_000, ge=1)
-    gather_s: float = Field(2.0, gt=0)
-    poll_s: float = Field(2.0, gt=0)
-    hand_over_s: float = Field(0.0, ge=0)
+    queue_s: float = Field(21_600.0, ge=0)
+    give_up: tuple[str, ...] = ()
 
 
 class RemoteJudge(Settings):
@@ -86,7 +75,7 @@ class RemoteJudge(Settings):
     max_attempts: int = Field(4, ge=1)
     free: bool = False
     outage_s: float = Field(120.0, ge=0)
-    batch: ApiBatch | VllmRunBatch | None = None
+    batch: ApiBatch | None = None
 
 
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -98,7 +87,6 @@ class OpenAIJudge(RemoteJudge):
 
     kind: Literal["openai"]
     effort: Effort | None = None
-    batch: ApiBatch | None = None
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str = "OPENAI_API_KEY"
 
@@ -107,7 +95,6 @@ class OpenAICompatibleJudge(RemoteJudge):
     """Any server that speaks OpenAI chat completions with a JSON schema: vLLM and others. base_url includes `/v1`."""
 
     kind: Literal["openai_compatible"]
-    batch: Annotated[ApiBatch | VllmRunBatch, Field(discriminator="kind")] | None = None
     temperature: float | None = None
     """Sent only where it is set: newer models refuse it."""
 
@@ -117,7 +104,6 @@ class AnthropicJudge(RemoteJudge):
 
     kind: Literal["anthropic"]
     effort: Effort | None = None
-    batch: ApiBatch | None = None
     base_url: str = "https://api.anthropic.com"
     api_key_env: str = "ANTHROPIC_API_KEY"
 
@@ -135,6 +121,23 @@ class VllmLabelJudge(RemoteJudge):
     min_label_mass: float = Field(0.5, ge=0, le=1)
 
 
+class VllmRunBatchJudge(OpenAICompatibleJudge):
+    """A model that `vllm run-batch` runs on this machine: no server, no key, one start of the engine for each wave of calls.
+
+    weights: a directory or a hub id; they are served under the name `model`. args: further ones of vLLM's command.
+    """
+
+    not_in_key: ClassVar[frozenset[str]] = RemoteJudge.not_in_key | {"max_calls"}
+    kind: Literal["vllm_run_batch"]  # type: ignore[assignment]
+    weights: str
+    args: tuple[str, ...] = ()
+    max_calls: int = Field(50_000, ge=1)
+    base_url: str = ""
+    api_key_env: str = ""
+    free: bool = True
+    batch: None = None
+
+
 class RewardModelJudge(Settings):
     """A sequence-classification model with one output, run in the stage's own process. max_length: tokens of conversation and answer."""
 
@@ -148,7 +151,9 @@ class RewardModelJudge(Settings):
     batch_size: int = Field(16, ge=1)
 
 
-Single = VerifierJudge | OpenAIJudge | OpenAICompatibleJudge | AnthropicJudge | VllmLabelJudge | RewardModelJudge
+Single = (
+    VerifierJudge | OpenAIJudge | OpenAICompatibleJudge | AnthropicJudge | VllmLabelJudge | VllmRunBatchJudge | RewardModelJudge
+)
 
 
 class PanelJudge(Settings):

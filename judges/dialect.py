@@ -98,7 +98,7 @@ class Dialect(ABC):
     """
 
     def __init__(self, config: RemoteJudge, sdk: Any) -> None:
-        key = os.environ.get(config.api_key_env, "")
+        key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
         if not key:
             raise InputError(
                 f"judge.api_key_env: the environment variable {config.api_key_env} is not set. Export the key of {config.base_url} under that name "

@@ -1,6 +1,6 @@
 """A judge behind a network: attempts until there is an answer, and a deadline around them; what the vendor says is the dialect's.
 
-    unavailable     asked again after a pause, up to max_attempts; rate limits are bounded by the deadline alone
+    unavailable     asked again after a pause, up to max_attempts; rate limits, where each is an attempt of its own, by the deadline alone
     malformed       asked again once
     truncated       asked again once with twice the room
     all else        is the reply
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from dpo_loop.types import Outcome, Undecided, UndecidedReason, Usage
 from judges.backend import BackendSpec, JudgeRequest, Reply
-from judges.config import RemoteJudge
+from judges.config import RemoteJudge, VllmRunBatchJudge
 from judges.dialect import Answer, Dialect, unavailable
+from judges.weights import weights_identity
 
 
 @dataclass
@@ -77,21 +79,29 @@ def origin_of(config: RemoteJudge) -> str:
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
+def identity_of(config: RemoteJudge, dialect: Dialect) -> dict[str, Any]:
+    """Of every call's key: how it is asked in this sense, not how it travels."""
+    local = {**weights_identity(config.weights), "args": config.args} if isinstance(config, VllmRunBatchJudge) else {}
+    return {
+        "kind": config.kind,
+        "origin": origin_of(config),
+        "model": config.model,
+        "revision": config.revision,
+        "max_output_tokens": config.max_output_tokens,
+        **dialect.identity,
+        **local,
+    }
+
+
 class RemoteBackend:
     """Backend over a dialect and a sender. Of one event loop."""
 
-    def __init__(self, config: RemoteJudge, dialect: Dialect, sender: Sender) -> None:
+    def __init__(self, config: RemoteJudge, dialect: Dialect, sender: Sender, identity: Mapping[str, Any]) -> None:
+        """identity: as `identity_of` gives it."""
         self._config, self._dialect, self._sender = config, dialect, sender
         self._spec = BackendSpec(
             name=f"{config.kind}:{config.model}",
-            identity={
-                "kind": config.kind,
-                "origin": origin_of(config),
-                "model": config.model,
-                "revision": config.revision,
-                "max_output_tokens": config.max_output_tokens,
-                **dialect.identity,
-            },
+            identity=identity,
             concurrency=sender.concurrency,
             in_waves=sender.in_waves,
             family=config.family,

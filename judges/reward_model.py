@@ -7,16 +7,15 @@ one turn of the event loop go through the model together. The order of two answe
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_loop.errors import InputError
 from dpo_loop.types import Decided, Graded, Outcome, Undecided, UndecidedReason
 from judges.backend import BackendSpec, JudgeRequest, Reply
 from judges.config import RewardModelJudge
+from judges.weights import weights_identity
 
 if TYPE_CHECKING:
     from dpo_loop.types import Prompt
@@ -53,7 +52,8 @@ class RewardModelBackend:
             name=f"reward_model:{config.model}",
             identity={
                 "kind": "reward_model",
-                **weights_identity(config, getattr(model.config, "_commit_hash", None)),
+                **weights_identity(config.model, getattr(model.config, "_commit_hash", None) or config.revision),
+                "max_length": config.max_length,
             },
             concurrency=4 * config.batch_size,
             is_instant=True,
@@ -131,22 +131,3 @@ def _outcome(scores: list[float | None]) -> Outcome:
 
 def _sigmoid(value: float) -> float:
     return 0.5 * (1 + math.tanh(value / 2))
-
-
-def weights_identity(config: RewardModelJudge, commit: str | None) -> dict[str, Any]:
-    """What tells these weights from all others: a directory's files, or a hub id with its owner and the commit that was loaded, whatever branch was asked for."""
-    path = Path(config.model)
-    if path.is_dir():
-        return {"model": path.name, "files_sha256": _files_sha256(path), "max_length": config.max_length}
-    return {"model": config.model, "revision": commit or config.revision, "max_length": config.max_length}
-
-
-def _files_sha256(model: Path) -> str:
-    """Of a local model's files, so that a retrained one is not answered from the ledger."""
-    digest = hashlib.sha256()
-    for path in sorted(model.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

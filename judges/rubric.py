@@ -128,4 +128,5 @@ def _inert(value: Any) -> str:
     text = (
         json.dumps(value, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
     )
-    return re.sub(r"<{2,}|>{2,}", lambda run: "".join(f"\\u{ord(sign):04x}" for sign in run[0]), text)
+    # Half a surrogate pair is no character that could be sent.
+    return re.sub(r"<{2,}|>{2,}|[\ud800-\udfff]", lambda run: "".join(f"\\u{ord(sign):04x}" for sign in run[0]), text)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
+import httpx2
+import openai
+from openai.types import Batch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from judges.batches.vendor import CALL_TIMEOUT_S, CLOCK_SKEW_S, NEVER_RAN, BatchState, Line, Look, Plan, Row, saying
+from judges.batches.vendor import CALL_TIMEOUT_S, CLOCK_SKEW_S, NEVER_RAN, BatchState, Line, Look, Plan, Row, saying, shaped
 from judges.dialect import Dialect
 
 _PLAN = "dpo_loop_plan"
@@ -46,69 +50,78 @@ class OpenAIBatches:
         """The dialect's connections are closed by their owner."""
 
     async def create(self, plan: Plan, lines: Sequence[Line]) -> str:
+        name = f"judge-{plan.id[:12]}.jsonl"
         with saying(self._dialect, "take a batch"):
-            file = await self._client.files.create(
-                file=(f"judge-{plan.id[:12]}.jsonl", jsonl(lines, self._dialect.path)), purpose="batch"
-            )
+            file = await self._client.files.create(file=(name, jsonl(lines, self._dialect.path)), purpose="batch")
             batch = await self._client.batches.create(
-                input_file_id=file.id, endpoint=self._dialect.path, completion_window="24h", metadata={_PLAN: plan.id}
+                input_file_id=shaped(file, openai.types.FileObject).id,
+                endpoint=self._dialect.path,
+                completion_window="24h",
+                metadata={_PLAN: plan.id},
             )
-            return str(batch.id)
+            return shaped(batch, Batch).id
 
     async def find(self, plan: Plan, known: Collection[str]) -> str | None:
         with saying(self._dialect, "list its batches"):
             async for batch in self._client.batches.list(limit=100):  # newest first
-                if (batch.metadata or {}).get(_PLAN) == plan.id and batch.id not in known:
-                    return str(batch.id)
-                if batch.created_at < plan.made_at - CLOCK_SKEW_S:
+                found = shaped(batch, Batch)
+                if (found.metadata or {}).get(_PLAN) == plan.id and found.id not in known:
+                    return found.id
+                if found.created_at < plan.made_at - CLOCK_SKEW_S:
                     break
         return None
 
     async def look(self, vendor_id: str) -> Look:
-        with saying(self._dialect, f"say how batch {vendor_id} does"):
-            batch = await self._client.batches.retrieve(vendor_id)
-            problems = batch.errors.data if batch.errors and batch.errors.data else []
-            words = "; ".join(
-                f"{f'line {p.line}: ' if p.line else ''}{p.message or p.code or 'no reason given'}" for p in problems[:3]
-            )
-            counts = batch.request_counts
-            num_done = counts.completed + counts.failed if counts else 0
-            match batch.status:
-                case "completed" | "expired":
-                    return Look(BatchState.ENDED, num_done, words)
-                case "cancelled":
-                    return Look(BatchState.CANCELLED, num_done, words)
-                case "failed":
-                    passing = bool(problems) and all(p.code in _WAITING_HELPS for p in problems)
-                    return Look(BatchState.FAILED, num_done, words or "no reason given", may_pass=passing)
-                case str():
-                    return Look(BatchState.RUNNING, num_done)
-                case other:
-                    raise ValueError(f"a batch of status {other!r}")
+        batch = await self._batch(vendor_id)
+        problems = batch.errors.data if batch.errors and batch.errors.data else []
+        words = "; ".join(f"{f'line {p.line}: ' if p.line else ''}{p.message or p.code or 'no reason given'}" for p in problems[:3])
+        counts = batch.request_counts
+        num_rows = counts.completed + counts.failed if counts and counts.total else None
+        match batch.status:
+            case "completed":
+                return Look(BatchState.ENDED, num_rows, words)
+            case "expired":
+                return Look(BatchState.ENDED, num_rows or 0, words)
+            case "cancelled":
+                return Look(BatchState.CANCELLED, num_rows or 0, words)
+            case "failed":
+                passing = bool(problems) and all(p.code in _WAITING_HELPS for p in problems)
+                return Look(BatchState.FAILED, 0, words or "no reason given", may_pass=passing)
+            case _:
+                return Look(BatchState.RUNNING, num_rows)
 
     async def rows(self, vendor_id: str) -> AsyncIterator[Row]:
-        with saying(self._dialect, f"hand out the rows of batch {vendor_id}"):
-            batch = await self._client.batches.retrieve(vendor_id)
-            files = [
-                (await self._client.files.content(file)).content for file in (batch.output_file_id, batch.error_file_id) if file
-            ]
-        for content in files:
+        batch = await self._batch(vendor_id)
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            with saying(self._dialect, f"hand out the rows of batch {vendor_id}"):
+                content = (await self._client.files.content(file)).content
             for line in content.splitlines():
                 if row := row_of(line):
                     yield row
+
+    async def forget(self, vendor_id: str) -> None:
+        """Prompts and answers are the user's, and nobody reads these files again."""
+        with suppress(openai.OpenAIError, httpx2.HTTPError, ValueError, AttributeError):
+            batch = await self._client.batches.retrieve(vendor_id)
+            for file in filter(None, (batch.input_file_id, batch.output_file_id, batch.error_file_id)):
+                await self._client.files.delete(file)
+
+    async def _batch(self, vendor_id: str) -> Batch:
+        with saying(self._dialect, f"say how batch {vendor_id} does"):
+            return shaped(await self._client.batches.retrieve(vendor_id), Batch)
 
 
 def jsonl(lines: Sequence[Line], url: str) -> bytes:
     """The input file of a batch, one call a line. url: `/v1/responses` or `/v1/chat/completions`."""
     rows = ({"custom_id": line.id, "method": "POST", "url": url, "body": line.body} for line in lines)
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def row_of(line: bytes) -> Row | None:
-    """None for what is no row: a blank or a torn line. Its call then has no row, which is not an answer."""
+    """None for what is no row: a blank or a torn line, a page of HTML. Which call it was of nobody knows."""
     try:
-        read = _Line.model_validate_json(line)
-    except ValidationError:
+        read = _Line.model_validate(json.loads(line))  # takes half a surrogate pair, which is no reason to lose a paid row
+    except (ValidationError, ValueError):
         return None
     if isinstance(read.error, dict) and read.error.get("code") in _NEVER_RAN_CODES:
         return Row(read.custom_id, NEVER_RAN, json.dumps(read.error).encode())

@@ -11,16 +11,20 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+import httpx2
 
 from dpo_loop.errors import JudgeError, JudgeUnavailableError
-from dpo_loop.types import Undecided
-from judges.dialect import Dialect
+from dpo_loop.types import Undecided, UndecidedReason
+from judges.dialect import Dialect, words_of
+
+Made = TypeVar("Made")
+LATER = "What was judged is kept; run the same command again."
 
 NEVER_RAN = 0
-"""Status of a row that the vendor did not get to: expired, or not in its results. Nothing was billed for it."""
-NOT_TAKEN = -1
-"""Status of a row whose batch came to nothing as a whole: it may go into another one."""
+"""Status of a row that the vendor did not get to: expired or cancelled. Nothing was billed for it."""
 CALL_TIMEOUT_S = 600.0
 """Of one call about a batch; the upload of a full one is the longest."""
 CLOCK_SKEW_S = 900
@@ -55,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """status: as of a direct call (200: payload is the body of a reply), NEVER_RAN or NOT_TAKEN. payload: bytes of the body or of the error."""
+    """status: as of a direct call (200: payload is the body of a reply), or NEVER_RAN. payload: bytes of the body or of the error."""
 
     line: str
     status: int
@@ -74,10 +78,11 @@ class BatchState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """num_done: lines, where it is told. words: the vendor's, where something went wrong. may_pass: a failure that time mends (a full queue)."""
+    """num_rows: lines that are done, and whose rows can be read when it has ended; None where it is not told: then all of them. words: the vendor's,
+    where something went wrong. may_pass: a failure that time mends (a full queue)."""
 
     state: BatchState
-    num_done: int = 0
+    num_rows: int | None = None
     words: str = ""
     may_pass: bool = False
 
@@ -110,23 +115,40 @@ class BatchVendor(Protocol):
         """In any order; some may be missing or come twice."""
         ...
 
+    async def forget(self, vendor_id: str) -> None:
+        """The rows are kept here: what the vendor still stores of them may go. Raises nothing."""
+        ...
+
     async def aclose(self) -> None: ...
+
+
+class BatchGoneError(JudgeError):
+    """The vendor does not know a batch that it had taken."""
 
 
 @contextmanager
 def saying(dialect: Dialect, what: str) -> Iterator[None]:
-    """Turns whatever the SDK raises about a batch into our two errors."""
+    """Turns whatever the SDK and its transport raise about a batch into our errors, with the vendor's words."""
     where = f"judge {dialect.where} could not {what}"
     try:
         yield
+    except dialect.sdk.NotFoundError as error:
+        raise BatchGoneError(f"{where}: {words_of(error.body, error.message)}") from error
     except dialect.sdk.APIError as error:
         try:
             outcome = dialect.of_exception(error).outcome
         except JudgeError as fatal:
-            raise JudgeError(f"{where}: {fatal} A server without a batch API needs `judge.batch` left out.") from error
+            raise JudgeError(f"{where}: {fatal}") from error
         words = outcome.detail if isinstance(outcome, Undecided) else ""
-        raise JudgeUnavailableError(f"{where}: {words}. What was judged is kept; run the same command again.") from error
-    except (ValueError, TypeError, AttributeError) as error:  # a 200 that is HTML, no JSON, or JSON of another shape
-        raise JudgeUnavailableError(
-            f"{where}: the server answered with something else ({error}). What was judged is kept; run the same command again."
-        ) from error
+        if isinstance(outcome, Undecided) and outcome.reason is not UndecidedReason.UNAVAILABLE:
+            raise JudgeError(f"{where}: {words}") from error
+        raise JudgeUnavailableError(f"{where}: {words}. {LATER}") from error
+    except (httpx2.HTTPError, aiohttp.ClientError, ValueError) as error:  # cut off, or a 200 that is HTML or no JSON
+        raise JudgeUnavailableError(f"{where}: {error or type(error).__name__}. {LATER}") from error
+
+
+def shaped(found: Any, shape: type[Made]) -> Made:
+    """The SDK hands a 200 through whatever it holds. Raises ValueError if it is something else, for `saying`."""
+    if not isinstance(found, shape):
+        raise ValueError(f"the server answered with something else: {str(found)[:80]!r}")
+    return found

@@ -47,6 +47,14 @@ def test_a_reward_model_that_is_nowhere_is_told(tmp_path: Path) -> None:
     assert problem.startswith("judge.model: ")
 
 
+def test_weights_that_run_batch_is_to_run_are_looked_for_and_no_key_is(tmp_path: Path) -> None:
+    judge = {"kind": "vllm_run_batch", "model": "mine", "weights": str(tmp_path / "none")}
+    [problem] = judge_problems(tmp_path, judge)
+    assert problem.startswith("judge.weights: ")
+    assert judge_problems(tmp_path, judge | {"weights": str(tmp_path)}) == []
+    assert redactor(small_config(tmp_path / "run", judge=judge))("a word") == "a word"
+
+
 def test_a_judge_of_the_policy_s_own_family_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     start = {"kind": "model", "model": str(tmp_path)}
@@ -69,8 +77,13 @@ def test_every_key_of_a_panel_is_kept_off_the_screen(tmp_path: Path) -> None:
 def test_files_of_judges_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward").mkdir()
-    judges = [remote(rubric="mine.md"), {"kind": "reward_model", "model": "reward", "family": "llama"}]
+    judges = [
+        remote(rubric="mine.md"),
+        {"kind": "reward_model", "model": "reward", "family": "llama"},
+        {"kind": "vllm_run_batch", "model": "mine", "weights": "./reward", "family": "qwen"},
+    ]
     config = small_config(tmp_path / "run", judge={"kind": "panel", "judges": judges})
     told = resolve_paths(config).judge.model_dump()["judges"]
     assert (told[0]["rubric"], told[1]["model"]) == (str(tmp_path / "mine.md"), str(tmp_path / "reward"))
+    assert told[2]["weights"] == str(tmp_path / "reward")
     assert raw_config(tmp_path / "run")["judge"]["kind"] == "verifier"

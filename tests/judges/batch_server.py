@@ -27,7 +27,8 @@ JUDGES: dict[str, type[RemoteJudge]] = {
 
 @dataclass
 class Batch:
-    """looks: how often it is still running when it is looked at."""
+    """looks: how often it is still running when it is looked at. What it will say is decided, and billed, when it is made: a vendor runs a batch
+    whether or not anybody asks for it."""
 
     id: str
     lines: dict[str, dict[str, Any]]
@@ -35,19 +36,23 @@ class Batch:
     looks: int
     made_at: float = field(default_factory=time.time)
     status: str = "in_progress"
-    rows: list[tuple[str, Step | None]] = field(default_factory=list)
-    """None: expired."""
+    made: list[tuple[str, Step | None]] = field(default_factory=list)
+    """None: did not run, since it expired or was cancelled."""
 
     @property
     def is_over(self) -> bool:
         return self.status != "in_progress"
 
+    @property
+    def rows(self) -> list[tuple[str, Step | None]]:
+        return self.made if self.is_over else []
+
 
 class BatchServer:
     """answer(line id, body) → a reply as of a direct call; a status other than 200 is an error row, None a line that expired.
 
-    faults: taken one a request, in order: "drop" cuts the connection *after* the request was carried out, "html" answers 200 with a page,
-    a number is a status before anything was done. Each is for the requests that `fails_at` matches.
+    faults: taken one a request, in order: "drop" cuts the connection *after* the request was carried out, "torn" within the answer, "html" answers
+    200 with a page, a number is a status before anything was done, "" is no fault. Each is for the requests that `fails_at` matches.
     """
 
     def __init__(self, kind: str, answer: Callable[[str, dict[str, Any]], Step | None]) -> None:
@@ -55,6 +60,7 @@ class BatchServer:
         self.batches: list[Batch] = []
         self.looks = 1
         self.files: dict[str, bytes] = {}
+        self.deleted: list[str] = []
         self.billed: Counter[str] = Counter()
         self.faults: list[str | int] = []
         self.fails_at = re.compile("POST .*batches$")
@@ -62,6 +68,10 @@ class BatchServer:
         """Codes with which whole batches fail, in order."""
         self.twist: Callable[[list[Any]], list[Any]] = lambda rows: rows
         """Of the rows as they are handed out: shuffled, twice, or missing."""
+        self.hidden_looks = 0
+        """For so many looks a batch that is over has no files yet."""
+        self.is_hidden = 0
+        """For so many listings the newest batch is not there yet."""
         self.created: Callable[[], None] = lambda: None
         """Called when a batch was made and nobody was told of it yet."""
         self.lock = threading.Lock()
@@ -96,22 +106,40 @@ class BatchServer:
         self.batches.append(batch)
         if self.refusals:
             batch.status = f"failed:{self.refusals.pop(0)}"
+        else:
+            batch.made = [(line, self.answer(line, body)) for line, body in batch.lines.items()]
+            self._bill(batch.made, 1)
         self.created()
         return batch
+
+    def _bill(self, rows: list[tuple[str, Step | None]], times: int) -> None:
+        for line, step in rows:
+            if step is not None and step.status == 200:
+                self.billed[line] += times
 
     def look(self, batch: Batch) -> Batch:
         batch.looks -= 1
         if batch.looks < 0 and not batch.is_over:
-            batch.rows = [(line, self.answer(line, body)) for line, body in batch.lines.items()]
-            self.billed.update(line for line, step in batch.rows if step is not None and step.status == 200)
-            batch.status = "expired" if any(step is None for _, step in batch.rows) else "completed"
+            batch.status = "expired" if any(step is None for _, step in batch.made) else "completed"
         return batch
 
     def cancel(self, batch: Batch) -> None:
-        ran = list(batch.lines.items())[: len(batch.lines) // 2]
-        batch.rows = [(line, self.answer(line, body)) for line, body in ran]
-        self.billed.update(line for line, _ in ran)
+        num_ran = len(batch.lines) // 2
+        self._bill(batch.made[num_ran:], -1)
+        batch.made = [(line, step if at < num_ran else None) for at, (line, step) in enumerate(batch.made)]
         batch.status = "cancelled"
+
+    @property
+    def times_sent(self) -> Counter[str]:
+        """How many batches each line went into."""
+        return Counter(line for batch in self.batches if not batch.status.startswith("failed") for line in batch.lines)
+
+    def _listed(self) -> list[Batch]:
+        shown = list(reversed(self.batches))
+        if self.is_hidden > 0:
+            self.is_hidden -= 1
+            return shown[1:]
+        return shown
 
     def route(self, method: str, path: str, body: bytes) -> bytes:
         path, _, query = path.partition("?")
@@ -123,6 +151,9 @@ class BatchServer:
             self.files[name] = max(body.split(b"\r\n\r\n"), key=len).rsplit(b"\r\n--", 1)[0]
             shown = {"id": name, "object": "file", "bytes": 1, "created_at": 1, "filename": "f", "purpose": "batch"}
             return json.dumps(shown | {"status": "processed"}).encode()
+        if parts[1] == "files" and method == "DELETE":
+            self.deleted.append(parts[2])
+            return json.dumps({"id": parts[2], "object": "file", "deleted": True}).encode()
         if parts[1] == "files":
             return self.files[parts[2]]
         return json.dumps(self._openai(method, parts, body, query)).encode()
@@ -134,7 +165,7 @@ class BatchServer:
             assert {line["url"] for line in lines} == {asked["endpoint"]}
             return self._openai_batch(self.create({line["custom_id"]: line["body"] for line in lines}, asked["metadata"]))
         if len(parts) == 2:
-            found = [] if "after=" in query else [self._openai_batch(batch) for batch in reversed(self.batches)]
+            found = [] if "after=" in query else [self._openai_batch(batch) for batch in self._listed()]
             return {"object": "list", "data": found, "has_more": False}
         return self._openai_batch(self.look(self._batch(parts[2])))
 
@@ -148,12 +179,14 @@ class BatchServer:
             "input_file_id": "file_0",
             "metadata": batch.metadata,
             "status": batch.status.split(":")[0],
-            "request_counts": {"total": len(batch.lines), "completed": len(batch.rows), "failed": 0},
+            "request_counts": {"total": len(batch.lines), "completed": sum(s is not None for _, s in batch.rows), "failed": 0},
         }
         if batch.status.startswith("failed"):
             code = batch.status.split(":")[1]
             shown["errors"] = {"object": "list", "data": [{"code": code, "message": f"refused: {code}"}]}
-        if batch.rows:
+        if batch.rows and self.hidden_looks > 0:
+            self.hidden_looks -= 1
+        elif batch.rows:
             rows = [self._openai_row(line, step) for line, step in self.twist(batch.rows)]
             self.files[f"{batch.id}-out"] = b"\n".join(row for row, is_error in rows if not is_error)
             self.files[f"{batch.id}-errors"] = b"\n".join(row for row, is_error in rows if is_error)
@@ -162,7 +195,10 @@ class BatchServer:
 
     def _openai_row(self, line: str, step: Step | None) -> tuple[bytes, bool]:
         if step is None:
-            error = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
+            error = {
+                "code": "batch_cancelled" if self._is_cancelled(line) else "batch_expired",
+                "message": "This request could not be executed before the completion window expired.",
+            }
             return json.dumps({"id": "r", "custom_id": line, "response": None, "error": error}).encode(), True
         response = {"status_code": step.status, "request_id": "r", "body": json.loads(step.body)}
         return json.dumps({"id": "r", "custom_id": line, "response": response, "error": None}).encode(), step.status != 200
@@ -171,14 +207,15 @@ class BatchServer:
         if method == "POST":
             return self._anthropic_batch(self.create({one["custom_id"]: one["params"] for one in json.loads(body)["requests"]}, {}))
         if len(parts) == 3:
-            found = [self._anthropic_batch(batch) for batch in reversed(self.batches)]
+            found = [self._anthropic_batch(batch) for batch in self._listed()]
             return {"data": found, "has_more": False, "first_id": None, "last_id": None}
         return self._anthropic_batch(self.look(self._batch(parts[3])))
 
     def _anthropic_batch(self, batch: Batch) -> dict[str, Any]:
-        kinds = Counter("expired" if step is None else "succeeded" if step.status == 200 else "errored" for _, step in batch.rows)
+        unrun = "canceled" if batch.status == "cancelled" else "expired"
+        kinds = Counter(unrun if step is None else "succeeded" if step.status == 200 else "errored" for _, step in batch.rows)
         counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0) | kinds
-        counts["canceled" if batch.is_over else "processing"] = len(batch.lines) - len(batch.rows)
+        counts["processing"] = len(batch.lines) - len(batch.rows)
         when = datetime.fromtimestamp(batch.made_at, UTC).isoformat()
         return {
             "id": batch.id,
@@ -199,15 +236,19 @@ class BatchServer:
     def _anthropic_row(self, line: str, step: Step | None) -> bytes:
         result: dict[str, Any]
         if step is None:
-            result = {"type": "expired"}
+            result = {"type": "canceled" if self._is_cancelled(line) else "expired"}
         elif step.status == 200:
             result = {"type": "succeeded", "message": json.loads(step.body)}
         else:
             result = {"type": "errored", "error": json.loads(step.body)}
         return json.dumps({"custom_id": line, "result": result}).encode()
 
+    def _is_cancelled(self, line: str) -> bool:
+        return any(batch.status == "cancelled" and line in batch.lines for batch in self.batches)
+
     def _batch(self, name: str) -> Batch:
-        return next(batch for batch in self.batches if batch.id == name)
+        found = {batch.id: batch for batch in self.batches}
+        return found[name]
 
 
 def shuffled(rows: list[Any]) -> list[Any]:
@@ -235,22 +276,31 @@ def _handler(server: BatchServer) -> type[BaseHTTPRequestHandler]:
                 if isinstance(fault, int):
                     self._send(fault, json.dumps({"type": "error", "error": {"type": "x", "message": "not now"}}).encode())
                     return
-                payload = server.route(self.command, self.path, body)
+                try:
+                    payload = server.route(self.command, self.path, body)
+                except LookupError:
+                    self._send(404, b'{"type": "error", "error": {"type": "not_found_error", "message": "no such batch"}}')
+                    return
             match fault:
                 case "drop":
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True
                 case "html":
                     self._send(200, b"<html>", "text/html")
+                case "torn":
+                    self._send(200, payload[: len(payload) // 2], is_torn=True, length=len(payload))
                 case _:
                     self._send(200, payload)
 
-        do_GET = do_POST = _serve
+        do_GET = do_POST = do_DELETE = _serve
 
-        def _send(self, status: int, payload: bytes, kind: str = "application/json") -> None:
+        def _send(
+            self, status: int, payload: bytes, kind: str = "application/json", *, is_torn: bool = False, length: int = 0
+        ) -> None:
             self.send_response(status)
             self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(payload)))
+            self.send_header("content-length", str(length or len(payload)))
+            self.close_connection |= is_torn
             self.end_headers()
             self.wfile.write(payload)
 

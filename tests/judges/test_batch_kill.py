@@ -36,7 +36,7 @@ def arbitrary(kind: str) -> Callable[[str, dict[str, Any]], Step]:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    prompts = [make_prompt(f"Question {number}") for number in range(30)]
+    prompts = [make_prompt(f"Question {number}") for number in range(60)]
     write_prompts(tmp_path / "prompts", prompts)
     write_answers(tmp_path / "generate", [(prompt, ["one", "two", "three", "four"]) for prompt in prompts])
     return tmp_path
@@ -52,7 +52,8 @@ def start(world: Path, judge: RemoteJudge) -> BaseProcess:
 
 
 def assert_as_if_never_killed(world: Path, server: BatchServer) -> None:
-    judge_all(world, world, server.judge())
+    judge_all(world, world, server.judge(max_calls=10))
+    assert set(server.times_sent.values()) == {1}
     assert set(server.billed.values()) == {1}
     killed = (world / "judge" / JUDGEMENTS).read_bytes()
     judge_all(world, world / "uninterrupted", server.judge())
@@ -78,13 +79,34 @@ def test_a_kill_between_the_making_of_a_batch_and_its_id_pays_nothing_twice(worl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_kills_at_random_moments_pay_nothing_twice_and_change_no_verdict(world: Path, kind: str) -> None:
+def test_kills_while_many_batches_of_one_size_are_handed_over_and_waited_for(world: Path, kind: str) -> None:
+    """Half of the kills hit the moment when a batch is made and nobody was told of it, with others of the same size open."""
     moment = random.Random(5)
     with BatchServer(kind, arbitrary(kind)) as server:
         server.looks = 3
-        for _ in range(NUM_KILLS):
-            child = start(world, server.judge())
-            time.sleep(moment.uniform(0.05, 0.5))
-            child.kill()
-            child.join()
+        num_killed = 0
+        for number in range(NUM_KILLS):
+            pids: queue.Queue[int] = queue.Queue()
+            left = [moment.randint(1, 3)]
+
+            def created(pids: queue.Queue[int] = pids, left: list[int] = left) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(pids.get(), signal.SIGKILL)
+
+            server.created = created if number % 2 else lambda: None
+            child = start(world, server.judge(max_calls=10))
+            assert child.pid is not None
+            pids.put(child.pid)
+            if number % 2:
+                child.join(20)
+            else:
+                time.sleep(moment.uniform(0.05, 0.6))
+                child.kill()
+                child.join()
+            num_killed += child.exitcode == -9
+            if child.exitcode == 0:
+                break
+        server.created = lambda: None
+        assert num_killed >= 6
         assert_as_if_never_killed(world, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from dpo_loop.types import Decided, Graded, Undecided, UndecidedReason
 from judges.accounts import Accounts
 from judges.backend import JudgeRequest, Reply
 from judges.config import RewardModelJudge
-from judges.reward_model import RewardModelBackend, weights_identity
+from judges.reward_model import RewardModelBackend
 from judges.stage import judge_stage
+from judges.weights import weights_identity
 from tests.builders import build_model
 from tests.judges.world import make_prompt, write_answers, write_prompts
 
@@ -107,9 +109,9 @@ def test_a_model_that_is_none_or_has_more_outputs_is_refused(model: Path, tmp_pa
         RewardModelBackend(judge_of(two))
 
 
-def test_models_of_the_same_name_are_different_judges(model: Path) -> None:
-    def identity(name: str, commit: str | None) -> str:
-        return str(weights_identity(judge_of(Path(name)), commit))
-
+def test_models_of_the_same_name_are_different_judges(model: Path, tmp_path: Path) -> None:
+    retrained = tmp_path / model.name
+    shutil.copytree(model, retrained)
+    (retrained / "config.json").write_text((model / "config.json").read_text() + " ")
     names = [("alice/rm-8b", "c1"), ("bob/rm-8b", "c1"), ("alice/rm-8b", "c2"), ("alice/rm-8b", None), (str(model), None)]
-    assert len({identity(*name) for name in names}) == len(names)
+    assert len({str(weights_identity(*name)) for name in [*names, (str(retrained), None)]}) == len(names) + 1

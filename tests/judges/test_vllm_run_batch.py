@@ -11,10 +11,9 @@ from dpo_loop.errors import JudgeError
 from dpo_loop.types import Ballot, Decided
 from judges.accounts import Accounts
 from judges.asker import Candidate
-from judges.config import OpenAICompatibleJudge, VllmRunBatch
+from judges.config import VllmRunBatchJudge
 from judges.jury import open_jury
 from tests.builders import build_model
-from tests.judges.stub import KEY_ENV
 from tests.judges.world import make_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -22,20 +21,13 @@ ENGINE = ("--enforce-eager", "--max-model-len", "8192", "--structured-outputs-co
 ENGINE += ('{"backend": "xgrammar", "disable_any_whitespace": true}',)
 
 
-def judge_of(weights: Path) -> OpenAICompatibleJudge:
-    return OpenAICompatibleJudge(
-        kind="openai_compatible",
-        model="tiny",
-        base_url="http://127.0.0.1:1/v1",
-        api_key_env=KEY_ENV,
-        free=True,
-        rationale=False,
-        temperature=1.0,
-        batch=VllmRunBatch(kind="vllm_run_batch", weights=str(weights), args=ENGINE, gather_s=0.2),
+def judge_of(weights: Path) -> VllmRunBatchJudge:
+    return VllmRunBatchJudge(
+        kind="vllm_run_batch", model="tiny", weights=str(weights), args=ENGINE, rationale=False, temperature=1.0
     )
 
 
-def both_orders(folder: Path, judge: OpenAICompatibleJudge) -> tuple[tuple[Ballot, ...], int]:
+def both_orders(folder: Path, judge: VllmRunBatchJudge) -> tuple[tuple[Ballot, ...], int]:
     async def main() -> tuple[tuple[Ballot, ...], int]:
         async with open_jury(judge, Accounts(folder / "ledger.sqlite")) as jury:
             _, ballots = await jury.both_orders(make_prompt("Say one"), Candidate("a", "one"), Candidate("b", "two"))
@@ -53,6 +45,7 @@ def test_run_batch_gives_verdicts_without_a_server(tmp_path: Path, monkeypatch: 
     assert all(isinstance(ballot.outcome, Decided) for ballot in ballots), [ballot.outcome for ballot in ballots]
     assert all(ballot.usage.input_tokens > 100 and ballot.served_model == "tiny" for ballot in ballots)
     assert both_orders(tmp_path, judge) == (ballots, 0)
+    assert {path.suffix for path in (tmp_path / "ledger.sqlite.batches").iterdir()} == {".log"}
 
 
 def test_an_engine_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -> None:
