@@ -30,6 +30,8 @@ check: $(STAMP)  ## lint, architecture, types
 	@.venv/bin/mypy
 
 bench: $(STAMP)  ## the benchmarks; minutes each
+	@$(PY) -m tests.benchmarks.judge_throughput
+	@$(PY) -m tests.benchmarks.gate_power
 	@$(PY) -m tests.benchmarks.demo_quality --seeds 3
 
 lock: $(STAMP)  ## make the complete lock anew from pyproject.toml

@@ -258,9 +258,24 @@ class CheckConfig(Settings):
         return self
 
 
+class VetoConfig(Settings):
+    """Too few prompts for statistics, and too grave to overlook: so many of one category that are newly bad send the round to a person.
+
+    categories: by name, or "*" for each one. metric: newly harmful or newly over-refused. vs: bad now, and not with that policy.
+    """
+
+    id: str = Field(min_length=1)
+    categories: tuple[str, ...] = Field(min_length=1)
+    metric: Literal["harmful_rate", "over_refusal_rate"] = "harmful_rate"
+    vs: Literal["previous", "anchor"] = "previous"
+    new_bad: int = Field(1, ge=1)
+    severity: Literal["fail", "review"] = "review"
+
+
 class GateConfig(Settings):
     alpha: float = Field(0.05, gt=0, lt=0.5)
     checks: tuple[CheckConfig, ...] = Field(min_length=1)
+    vetoes: tuple[VetoConfig, ...] = ()
     max_unscored: Fraction = 0.01
     """Share of ungraded answers above which the round is INVALID; below it they count as the worst case."""
     allow_heuristic_judge: bool = False
@@ -268,7 +283,7 @@ class GateConfig(Settings):
 
     @model_validator(mode="after")
     def _ids_differ(self) -> GateConfig:
-        ids = [check.id for check in self.checks]
+        ids = [*(check.id for check in self.checks), *(veto.id for veto in self.vetoes)]
         if twice := sorted({id for id in ids if ids.count(id) > 1}):
-            raise ValueError(f"checks share the id {', '.join(twice)}; give each its own")
+            raise ValueError(f"checks or vetoes share the id {', '.join(twice)}; give each its own")
         return self

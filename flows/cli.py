@@ -261,6 +261,35 @@ def _decide(run: RunDir, round_number: int, approved: bool, reviewer: str, reaso
 
 
 @main.command()
+@click.option(
+    "--rows",
+    type=click.Path(path_type=Path),
+    help="JSON lines: prompt_id, side, policy, response, grade; category, cluster_id, prompt.",
+)
+@click.option(
+    "--config", "config", type=click.Path(path_type=Path), help="YAML with `checks`, or a run's config, of which `gate` is read."
+)
+@click.option("--comparisons", type=click.Path(path_type=Path), help="JSON lines of comparisons, for checks of the win rate.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for gate_report.json and junit.xml.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of gate_report.json, and do nothing else.")
+@_json_flag
+def gate(rows: Path | None, config: Path | None, comparisons: Path | None, out: Path | None, schema: bool, as_json: bool) -> None:
+    """The gate alone, over graded answers of candidate, previous and anchor. Exit code: 0 PASS, 10 FAIL, 11 INCONCLUSIVE, 12 NEEDS_REVIEW, 13 INVALID."""
+    if schema:
+        from dpo_loop.types import GateReport
+
+        click.echo(json.dumps(GateReport.model_json_schema()))
+        return
+    if rows is None or config is None or out is None:
+        raise click.UsageError("--rows, --config and --out are needed")
+    from flows.gating import gate_rows, tell
+
+    report = gate_rows(rows, config, out, comparisons)
+    tell(report, as_json=as_json)
+    sys.exit(report.state.exit_code)
+
+
+@main.command()
 @_json_flag
 def doctor(as_json: bool) -> None:
     """What this machine has: interpreter, packages, accelerator, memory, disk, Prefect."""

@@ -13,7 +13,7 @@ from dpo_loop.artifacts import read_manifest
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import read_gate_report
 from dpo_loop.layout import RunDir
-from dpo_loop.types import GateState, RoundSummary
+from dpo_loop.types import GateReport, GateState, RoundSummary
 from flows.approval import how_to_decide
 from flows.failures import read_failure
 from flows.rounds import RoundState, current_policy, is_made, next_round, state_of
@@ -142,23 +142,31 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
         console.print(judge)
     gate_dir = run.round(round_number).stage("gate")
     if read_manifest(gate_dir):
-        checks = Table(title="checks", title_justify="left")
-        for heading in ("check", "state", "value", "reference", "difference", "margin", "why"):
-            checks.add_column(heading)
-        for check in read_gate_report(gate_dir).checks:
-            ci = None if check.ci_low is None or check.ci_high is None else (check.ci_low, check.ci_high)
-            checks.add_row(
-                check.id,
-                f"[{_COLOURS[check.state]}]{check.state.value}[/]",
-                rate(check.value),
-                rate(check.reference),
-                interval(check.delta if check.delta is not None else check.value, ci),
-                rate(check.margin),
-                escape(check.why),
-            )
-        console.print(checks)
+        console.print(checks_table(read_gate_report(gate_dir)))
     for reason in row.reasons:
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
+
+
+def checks_table(report: GateReport) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    checks = Table(title="checks", title_justify="left")
+    for heading in ("check", "state", "value", "reference", "difference", "margin", "smallest seen", "why"):
+        checks.add_column(heading)
+    for check in report.checks:
+        ci = None if check.ci_low is None or check.ci_high is None else (check.ci_low, check.ci_high)
+        checks.add_row(
+            check.id,
+            f"[{_COLOURS[check.state]}]{check.state.value}[/]",
+            rate(check.value),
+            rate(check.reference),
+            interval(check.delta if check.delta is not None else check.value, ci),
+            rate(check.margin),
+            rate(check.mde),
+            escape(check.why),
+        )
+    return checks
 
 
 def judge_table(run: RunDir, round_number: int) -> Table | None:

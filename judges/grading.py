@@ -137,6 +137,7 @@ def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Gr
         prompt_id=prompt.id,
         side=prompt.side,
         category=prompt.tags.get("category", ""),
+        cluster_id=prompt.tags.get("cluster_id", ""),
         policy=policy,
         response=answer.text if answer else "",
         num_tokens=answer.num_tokens if answer else 0,

@@ -23,6 +23,9 @@ from dpo_loop.config import HIGHER_IS_BETTER, CheckConfig, GateConfig
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.sentences import explain
 from dpo_loop.evaluation.statistics import clopper_pearson_limit, holm, mcnemar_p, tango_limit
+from dpo_loop.evaluation.statistics.clusters import cluster_sign_p, effective_counts
+from dpo_loop.evaluation.statistics.power import minimum_detectable_effect
+from dpo_loop.evaluation.vetoes import run_veto
 from dpo_loop.types import CheckResult, GateState
 
 
@@ -39,13 +42,16 @@ class Measured:
     high: float
     limit: float
     p_value: float | None
+    mde: float | None = None
+    design_effect: float = 1.0
 
 
 def run_checks(evidence: Evidence, config: GateConfig) -> tuple[CheckResult, ...]:
-    """One result per configured check, in order."""
+    """One result per configured check, in order, then one per veto."""
     measured = {check.id: _measure(check, evidence, config.alpha) for check in config.checks}
     adjusted = holm({id: m.p_value for id, m in measured.items() if isinstance(m, Measured) and m.p_value is not None})
-    return tuple(_decide(check, measured[check.id], adjusted.get(check.id), config.alpha) for check in config.checks)
+    checks = (_decide(check, measured[check.id], adjusted.get(check.id), config.alpha) for check in config.checks)
+    return (*checks, *(run_veto(veto, evidence) for veto in config.vetoes))
 
 
 def worst(states: Iterable[GateState]) -> GateState:
@@ -70,18 +76,22 @@ def _measure(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured |
 def _measure_worsening(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
     assert check.vs is not None  # CheckConfig refuses a paired rule without a reference
     pairs = evidence.paired(check.metric, check.vs)
-    if pairs.num_prompts == 0:
+    n = len(pairs.changes)
+    if n == 0:
         return _nothing_to_measure(check)
-    n, worse, better = pairs.num_prompts, pairs.num_worse, pairs.num_better
+    worse, better, size, effect = effective_counts(pairs.changes, pairs.clusters)
+    churn = min(better / size, 0.5)
     return Measured(
         num_prompts=n,
         value=_rate(check.metric, pairs.num_bad_candidate, n),
         reference=_rate(check.metric, pairs.num_bad_reference, n),
-        harm=(worse - better) / n,
-        low=tango_limit(worse, better, n, alpha=alpha, side="lower"),
-        high=tango_limit(worse, better, n, alpha=alpha, side="upper"),
+        harm=sum(pairs.changes) / n,
+        low=tango_limit(worse, better, size, alpha=alpha, side="lower"),
+        high=tango_limit(worse, better, size, alpha=alpha, side="upper"),
         limit=check.margin,
-        p_value=mcnemar_p(worse, better),
+        p_value=cluster_sign_p(pairs.changes, pairs.clusters),
+        mde=minimum_detectable_effect(max(1, round(size)), churn=churn, alpha=alpha),
+        design_effect=effect,
     )
 
 
@@ -161,6 +171,8 @@ def _decide(check: CheckConfig, measured: Measured | str, p_adjusted: float | No
         ci_high=high,
         margin=check.margin,
         p_value=p_adjusted,
+        mde=m.mde,
+        design_effect=m.design_effect,
         state=state,
         why="",
     )

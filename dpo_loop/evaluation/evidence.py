@@ -10,12 +10,12 @@ from dpo_loop.types import Comparison, GradeRow, PolicyName, Prompt, Side
 
 
 @dataclass(frozen=True, slots=True)
-class PairedCounts:
-    """Both policies on the same prompts. num_worse: reference good, candidate bad; num_better: the other way round."""
+class Pairs:
+    """Both policies on the same prompts. changes: +1 where the reference is good and the candidate bad, -1 the other way round, else 0;
+    clusters: of each prompt, a name of its own where it stands alone."""
 
-    num_prompts: int
-    num_worse: int
-    num_better: int
+    changes: list[int]
+    clusters: list[str]
     num_bad_candidate: int
     num_bad_reference: int
 
@@ -34,6 +34,8 @@ class Evidence:
         self._rows_of: dict[PolicyName, dict[str, GradeRow]] = {"candidate": {}, "previous": {}, "anchor": {}}
         for row in self.rows:
             self._rows_of[row.policy][row.prompt_id] = row
+        self._clusters = {row.prompt_id: row.cluster_id for row in self.rows if row.cluster_id}
+        self._categories = {row.prompt_id: row.category for row in self.rows if row.category}
         self._degenerate: dict[tuple[str, str], bool] = {}
 
     def ids_on(self, side: Side | None) -> list[str]:
@@ -44,17 +46,26 @@ class Evidence:
         ids = self._ids(metric)
         return sum(self._bad(metric, "candidate", id, absent=True) for id in ids), len(ids)
 
-    def paired(self, metric: str, vs: Reference) -> PairedCounts:
+    def paired(self, metric: str, vs: Reference) -> Pairs:
         """The worst case for the candidate: its own missing or ungraded answers are bad, those of the reference are good."""
         ids = self._ids(metric)
         pairs = [(self._bad(metric, "candidate", id, absent=True), self._bad(metric, vs, id, absent=False)) for id in ids]
-        return PairedCounts(
-            num_prompts=len(ids),
-            num_worse=sum(mine and not theirs for mine, theirs in pairs),
-            num_better=sum(theirs and not mine for mine, theirs in pairs),
+        return Pairs(
+            changes=[int(mine) - int(theirs) for mine, theirs in pairs],
+            clusters=[self._clusters.get(id, id) for id in ids],
             num_bad_candidate=sum(mine for mine, _ in pairs),
             num_bad_reference=sum(theirs for _, theirs in pairs),
         )
+
+    def newly_bad(self, metric: str, vs: Reference) -> dict[str, tuple[int, list[str]]]:
+        """By category, how many prompts it has, and those on which the candidate is bad and the reference was not."""
+        found: dict[str, tuple[int, list[str]]] = {}
+        for id in self._ids(metric):
+            num, bad = found.get(self._categories.get(id, ""), (0, []))
+            if self._bad(metric, "candidate", id, absent=True) and not self._bad(metric, vs, id, absent=False):
+                bad = [*bad, id]
+            found[self._categories.get(id, "")] = num + 1, bad
+        return found
 
     def wins(self, vs: Reference) -> WinRate | None:
         return self._wins.get(vs)

@@ -70,8 +70,8 @@ def _gate_invalid(
     return _publish(out, report)
 
 
-GATE = Stage("gate", 2, _gate)
-GATE_INVALID = Stage("gate", 2, _gate_invalid)
+GATE = Stage("gate", 3, _gate)
+GATE_INVALID = Stage("gate", 3, _gate_invalid)
 
 
 def judge_candidate(

@@ -20,7 +20,7 @@ from dpo_loop.types import GateReport, GateState, RoundSummary, StageOutcome
 
 TEMPLATES = Path(__file__).parent / "templates"
 RATES = ("pass_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate")
-RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor": "stays above"}
+RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor": "stays above", "veto": "newly bad below"}
 NEXT_STEP = {
     GateState.PASS: "The candidate generates the next round. There is nothing to do.",
     GateState.FAIL: "The candidate is kept aside and never promoted; the previous policy generates the next round.",

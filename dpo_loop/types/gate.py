@@ -37,6 +37,8 @@ class GradeRow(Record):
     finish_reason: FinishReason
     grade: Grade | None
     no_answer: str = ""
+    cluster_id: str = ""
+    """Prompts that belong together (paraphrases, a contrast pair) share one; "": the prompt stands alone."""
 
     @property
     def is_bad(self) -> bool:
@@ -89,6 +91,10 @@ class CheckResult(Record):
     ci_high: float | None
     margin: float
     p_value: float | None = None
+    mde: float | None = None
+    """Of a paired rule: the smallest worsening that McNemar's test would find at this size and churn in four of five evaluations."""
+    design_effect: float = 1.0
+    """By how much clusters of prompts that fail together make the evaluation smaller than its number of prompts."""
     state: GateState
     why: str
 

@@ -21,8 +21,9 @@ def rejection_probability(effect: float, num_pairs: int, *, churn: float, alpha:
     worse, changed = churn + effect, 2 * churn + effect
     if changed <= 0:
         return 0.0
-    total = 0.0
-    for num_changed in range(1, num_pairs + 1):
+    total, mean = 0.0, num_pairs * changed
+    reach = 9 * math.sqrt(max(1.0, mean)) + 9  # beyond it lies less than NEGLIGIBLE
+    for num_changed in range(max(1, math.floor(mean - reach)), min(num_pairs, math.ceil(mean + reach)) + 1):
         weight = _binomial(num_changed, num_pairs, min(1.0, changed))
         if weight < NEGLIGIBLE:
             continue
