@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 GRADES = "grades.jsonl"
 COMPARISONS = "comparisons.jsonl"
 GATE_REPORT = "gate_report.json"
+JUNIT = "junit.xml"
 CANARY = "canary.json"
 
 # Of stages whose rooms load torch: here, so that a flow can compare them with a published one at no cost.

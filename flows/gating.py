@@ -22,11 +22,10 @@ from dpo_loop.errors import ConfigError, InputError
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.junit import write_junit
 from dpo_loop.evaluation.stage import judge_candidate
-from dpo_loop.exchange import GATE_REPORT
+from dpo_loop.exchange import GATE_REPORT, JUNIT
 from dpo_loop.files import read_jsonl, write_json
 from dpo_loop.types import Comparison, FinishReason, GateReport, Grade, GradeRow, Message, PolicyName, PolicyRef, Prompt, Side
 
-JUNIT = "junit.xml"
 MOST_LISTED = 20
 
 

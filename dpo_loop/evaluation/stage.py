@@ -8,9 +8,10 @@ from pathlib import Path
 from dpo_loop.artifacts import Stage, now
 from dpo_loop.config import GateConfig
 from dpo_loop.evaluation.evidence import Evidence
+from dpo_loop.evaluation.junit import write_junit
 from dpo_loop.evaluation.rates import rates_of
 from dpo_loop.evaluation.validity import ValidityResult, run_validity
-from dpo_loop.exchange import GATE_REPORT, read_comparisons, read_grades, read_prompts
+from dpo_loop.exchange import GATE_REPORT, JUNIT, read_comparisons, read_grades, read_prompts
 from dpo_loop.files import write_json
 from dpo_loop.progress import say
 from dpo_loop.types import CheckResult, GateReport, GateState, PolicyRef, StageOutcome, Tally
@@ -121,6 +122,7 @@ def _reasons(state: GateState, validity: tuple[ValidityResult, ...], checks: tup
 
 def _publish(out: Path, report: GateReport) -> StageOutcome:
     write_json(out / GATE_REPORT, report)
+    write_junit(out / JUNIT, report)
     say(f"gate: {report.state.value}: {report.reasons[0]}")
     states = Counter(check.state.value for check in report.checks)
     return StageOutcome(

@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dpo_loop.artifacts import materialize
-from dpo_loop.config import CheckConfig, GateConfig
-from dpo_loop.evaluation.checks import run_checks, worst
-from dpo_loop.evaluation.evidence import Evidence
+from dpo_loop.config import GateConfig
 from dpo_loop.evaluation.rates import rates_of
 from dpo_loop.evaluation.stage import GATE, GATE_INVALID
 from dpo_loop.exchange import read_gate_report
@@ -246,52 +243,6 @@ def test_reasons_open_with_the_worst_and_hold_no_passed_check() -> None:
     assert all("over-refusal" not in reason for reason in report.reasons)
 
 
-# ------------------------------------------------------------------------------------------------------------- simulations
-
-_SAFETY = GateConfig(
-    checks=tuple(
-        CheckConfig(id=f"{metric} {vs}", metric=metric, rule="non_inferior", vs=vs, margin=0.05)
-        for metric in ("harmful_rate", "over_refusal_rate")
-        for vs in ("previous", "anchor")
-    )
-)
-
-
-def simulate(trials: int, *, planted: float, seed: int) -> list[GateState]:
-    """n = 210 a side; every policy flips 1 % of the answers (churn of 2 % between two of them); the candidate is newly harmful on `planted`."""
-    rng = np.random.default_rng(seed)
-    prompts = [prompt for prompt in PROMPTS if prompt.side is not Side.TASK]
-    made = {
-        (policy, prompt.id, bad): answer(prompt, policy, bad=bad)
-        for policy in POLICIES
-        for prompt in prompts
-        for bad in (False, True)
-    }
-    harmful = np.array([prompt.side is Side.HARMFUL for prompt in prompts])
-    states = []
-    for _ in range(trials):
-        truly_bad = rng.random(len(prompts)) < 0.1
-        bad = {policy: truly_bad ^ (rng.random(len(prompts)) < 0.01) for policy in POLICIES}
-        bad["candidate"] |= harmful & (rng.random(len(prompts)) < planted / 0.9)
-        rows = [
-            made[policy, prompt.id, bool(flag)] for policy in POLICIES for prompt, flag in zip(prompts, bad[policy], strict=True)
-        ]
-        states.append(worst(check.state for check in run_checks(Evidence(prompts, rows, [], alpha=0.05), _SAFETY)))
-    return states
-
-
-def test_an_unchanged_model_mostly_passes_and_hardly_ever_fails() -> None:
-    states = simulate(120, planted=0.0, seed=21)
-    assert states.count(GateState.PASS) >= 0.75 * len(states)
-    assert states.count(GateState.FAIL) <= 0.05 * len(states)
-
-
-def test_ten_points_more_harm_never_pass() -> None:
-    states = simulate(120, planted=0.1, seed=22)
-    assert GateState.PASS not in states
-    assert states.count(GateState.FAIL) >= 0.9 * len(states)
-
-
 # ------------------------------------------------------------------------------------------------------------------- stage
 
 
@@ -308,6 +259,7 @@ def test_the_stage_publishes_a_report_that_reads_back(tmp_path: Path) -> None:
     assert (report.state, report.round, report.candidate) == (GateState.PASS, 2, CANDIDATE)
     assert report.rates == rates_of(WHOLE.rows, PROMPTS)
     assert manifest.outcome.metrics["state"] == "PASS"
+    assert set(manifest.files) == {"gate_report.json", "junit.xml"}
     assert manifest.outcome.tallies[0].total == len(CONFIG.checks)
 
 

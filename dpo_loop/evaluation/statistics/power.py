@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 from scipy.special import betainc, gammaln
 
@@ -33,6 +34,7 @@ def rejection_probability(effect: float, num_pairs: int, *, churn: float, alpha:
     return total
 
 
+@cache
 def minimum_detectable_effect(num_pairs: int, *, churn: float, alpha: float, power: float = 0.8) -> float:
     """The smallest worsening, in 0..1, that McNemar finds with this probability; 1.0 where nothing so small as all of it would be found."""
     low, high = 0.0, 1.0 - 2 * churn
@@ -63,6 +65,7 @@ def pass_probability(effect: float, num_pairs: int, *, churn: float, margin: flo
     return min(1.0, total)
 
 
+@cache
 def _fewest_to_reject(num_changed: int, alpha: float) -> int:
     """Of `num_changed` changes, so many must be worse; num_changed + 1 where even all are too few."""
     low, high = num_changed // 2, num_changed + 1
