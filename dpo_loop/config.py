@@ -219,11 +219,13 @@ class AnswerConfig(Settings):
     max_new_tokens: int = Field(1_024, ge=1)
 
 
-Metric = Literal["pass_rate", "win_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate"]
-HIGHER_IS_BETTER: frozenset[str] = frozenset({"pass_rate", "win_rate"})
+Metric = Literal["pass_rate", "win_rate", "lc_win_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate"]
+HIGHER_IS_BETTER: frozenset[str] = frozenset({"pass_rate", "win_rate", "lc_win_rate"})
+WIN_RATES: frozenset[str] = frozenset({"win_rate", "lc_win_rate"})
 METRIC_NAMES: dict[str, str] = {
     "pass_rate": "pass rate",
     "win_rate": "win rate",
+    "lc_win_rate": "win rate at equal length",
     "harmful_rate": "harmful compliance",
     "over_refusal_rate": "over-refusal",
     "degenerate_rate": "degenerate output",
@@ -235,7 +237,8 @@ class CheckConfig(Settings):
     """One rule of the gate.
 
     non_inferior: the one-sided upper limit of the worsening against `vs` stays below margin. ceiling: the Clopper-Pearson upper
-    limit of the candidate's rate stays below margin. floor: the lower limit of the rate stays above margin (win rate).
+    limit of the candidate's rate stays below margin. floor: the lower limit of the rate stays above margin (win rate). lc_win_rate: the win rate
+    that answers of equal length would have; where no answers differ in length, the win rate itself.
     severity: what a broken rule makes of the round.
     """
 
@@ -248,12 +251,12 @@ class CheckConfig(Settings):
 
     @model_validator(mode="after")
     def _reference_named(self) -> CheckConfig:
-        if (self.rule == "non_inferior" or self.metric == "win_rate") and self.vs is None:
+        if (self.rule == "non_inferior" or self.metric in WIN_RATES) and self.vs is None:
             raise ValueError(f"check {self.id}: {self.rule} of {self.metric} needs `vs: previous` or `vs: anchor`")
         if self.rule != "non_inferior" and (self.rule == "floor") != (self.metric in HIGHER_IS_BETTER):
-            way_out = "a floor is for pass_rate and win_rate, a ceiling for the rates that should be low"
+            way_out = "a floor is for pass_rate and win rates, a ceiling for the rates that should be low"
             raise ValueError(f"check {self.id}: {self.rule} of {self.metric} would reward the wrong direction; {way_out}")
-        if self.rule != "non_inferior" and self.metric != "win_rate" and self.vs is not None:
+        if self.rule != "non_inferior" and self.metric not in WIN_RATES and self.vs is not None:
             raise ValueError(f"check {self.id}: {self.rule} of {self.metric} looks at the candidate alone; leave out `vs`")
         return self
 

@@ -19,11 +19,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
-from dpo_loop.config import HIGHER_IS_BETTER, CheckConfig, GateConfig
+from dpo_loop.config import HIGHER_IS_BETTER, WIN_RATES, CheckConfig, GateConfig
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.sentences import explain
 from dpo_loop.evaluation.statistics import clopper_pearson_limit, holm, mcnemar_p, tango_limit
 from dpo_loop.evaluation.statistics.clusters import cluster_sign_p, effective_counts
+from dpo_loop.evaluation.statistics.length_control import length_controlled
 from dpo_loop.evaluation.statistics.power import minimum_detectable_effect
 from dpo_loop.evaluation.vetoes import run_veto
 from dpo_loop.types import CheckResult, GateState
@@ -62,8 +63,8 @@ def worst(states: Iterable[GateState]) -> GateState:
 
 def _measure(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
     """The measurement, or the sentence that says why there is none."""
-    if check.metric == "win_rate":
-        return _measure_wins(check, evidence)
+    if check.metric in WIN_RATES:
+        return _measure_wins(check, evidence, alpha)
     match check.rule:
         case "non_inferior":
             return _measure_worsening(check, evidence, alpha)
@@ -111,24 +112,39 @@ def _measure_rate(check: CheckConfig, evidence: Evidence, alpha: float) -> Measu
     )
 
 
-def _measure_wins(check: CheckConfig, evidence: Evidence) -> Measured | str:
+def _measure_wins(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
     assert check.vs is not None  # CheckConfig refuses a win rate without a reference
     wins = evidence.wins(check.vs)
     if wins is None or wins.rate is None:
         return f"no comparison with the {check.vs} policy was decided, so there is no win rate"
+    rate, low, high = wins.rate, wins.ci_low, wins.ci_high
+    if check.metric == "lc_win_rate" and (controlled := _at_equal_length(evidence.scores(check.vs), alpha)):
+        rate, low, high = controlled
     paired = check.rule == "non_inferior"
     top = 0.5 if paired else 1.0  # the harm is what is missing to an even match, or to winning everything
+    # An undecided comparison is no evidence that the candidate lost: the sign test takes it as a win. It knows nothing of length.
+    tested = paired and check.metric == "win_rate"
     return Measured(
         num_prompts=wins.num_prompts,
-        value=wins.rate,
+        value=rate,
         reference=0.5 if paired else None,
-        harm=top - wins.rate,
-        low=top - wins.ci_high,
-        high=top - wins.ci_low,
+        harm=top - rate,
+        low=top - high,
+        high=top - low,
         limit=check.margin if paired else 1 - check.margin,
-        # an undecided comparison is no evidence that the candidate lost: the sign test takes it as a win
-        p_value=mcnemar_p(wins.num_losses, wins.num_wins + wins.num_undecided) if paired else None,
+        p_value=mcnemar_p(wins.num_losses, wins.num_wins + wins.num_undecided) if tested else None,
     )
+
+
+def _at_equal_length(scores: list[tuple[float | None, float]], alpha: float) -> tuple[float, float, float] | None:
+    """Rate over decided comparisons, and limits with the undecided ones taken as losses below and as wins above; None where length explains
+    nothing (no difference, one outcome, too few)."""
+    more = [longer for _, longer in scores]
+    decided = [(score, longer) for score, longer in scores if score is not None]
+    rate = length_controlled([score for score, _ in decided], [longer for _, longer in decided], alpha=alpha)
+    lowest = length_controlled([0.0 if score is None else score for score, _ in scores], more, alpha=alpha)
+    highest = length_controlled([1.0 if score is None else score for score, _ in scores], more, alpha=alpha)
+    return None if not (rate and lowest and highest) else (rate.win_rate, lowest.low, highest.high)
 
 
 def _rate(metric: str, num_bad: int, num_prompts: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dpo_loop.evaluation.rates import SIDE_OF_METRIC, Reference, WinRate, is_degenerate, tasks_are_graded, win_rates_of
+from dpo_loop.evaluation.rates import SIDE_OF_METRIC, Reference, WinRate, is_degenerate, result_of, tasks_are_graded, win_rates_of
 from dpo_loop.types import Comparison, GradeRow, PolicyName, Prompt, Side
 
 
@@ -69,6 +69,13 @@ class Evidence:
 
     def wins(self, vs: Reference) -> WinRate | None:
         return self._wins.get(vs)
+
+    def scores(self, vs: Reference) -> list[tuple[float | None, float]]:
+        """Of each comparison: 1 win, 0.5 tie, 0 loss, None undecided; and how many tokens the candidate's answer is longer."""
+        values = {"win": 1.0, "tie": 0.5, "loss": 0.0, "undecided": None}
+        mine, theirs = self._rows_of["candidate"], self._rows_of[vs]
+        pairs = ((c, mine.get(c.prompt_id), theirs.get(c.prompt_id)) for c in self.comparisons if c.vs == vs)
+        return [(values[result_of(c)], float(one.num_tokens - other.num_tokens)) for c, one, other in pairs if one and other]
 
     def _ids(self, metric: str) -> list[str]:
         if metric == "pass_rate" and not self.has_task_grades:

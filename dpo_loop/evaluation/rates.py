@@ -87,11 +87,12 @@ def win_rates_of(comparisons: Iterable[Comparison], *, alpha: float = 0.05) -> d
     """
     by_reference: dict[Reference, Counter[str]] = {}
     for comparison in comparisons:
-        by_reference.setdefault(comparison.vs, Counter())[_result(comparison)] += 1
+        by_reference.setdefault(comparison.vs, Counter())[result_of(comparison)] += 1
     return {vs: _win_rate(counts, alpha) for vs, counts in by_reference.items()}
 
 
-def _result(comparison: Comparison) -> Literal["win", "loss", "tie", "undecided"]:
+def result_of(comparison: Comparison) -> Literal["win", "loss", "tie", "undecided"]:
+    """Of the candidate."""
     p = comparison.p_candidate
     if comparison.kind is VerdictKind.UNDECIDED or p is None or not math.isfinite(p) or not 0 <= p <= 1:
         return "undecided"

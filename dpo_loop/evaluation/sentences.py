@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_loop.config import HIGHER_IS_BETTER, METRIC_NAMES
+from dpo_loop.config import HIGHER_IS_BETTER, METRIC_NAMES, WIN_RATES
 from dpo_loop.types import CheckResult, GateState
 
 
@@ -28,7 +28,7 @@ def _worsening(check: CheckResult, alpha: float) -> str:
     higher_is_better = check.metric in HIGHER_IS_BETTER
     worse, better = ("fall", "rise") if higher_is_better else ("rise", "fall")
     least, most = (-check.ci_high, -check.ci_low) if higher_is_better else (check.ci_low, check.ci_high)
-    if check.metric == "win_rate":
+    if check.metric in WIN_RATES:
         what = f"{name} against {check.vs} is {percent(check.value)}, an even match being 50.0 %"
     else:
         moved = "stayed at" if check.delta == 0 else "rose from" if check.delta > 0 else "fell from"

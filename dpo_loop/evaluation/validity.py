@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dpo_loop.config import GateConfig
+from dpo_loop.config import WIN_RATES, GateConfig
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.rates import Reference
 from dpo_loop.evaluation.sentences import percent
@@ -96,7 +96,7 @@ def _why(unscored: Sequence[GradeRow]) -> str:
 
 def _comparisons(evidence: Evidence, config: GateConfig) -> ValidityResult:
     """Where a check asks for a win rate: every task prompt compared exactly once with that reference."""
-    references: list[Reference] = sorted({check.vs for check in config.checks if check.metric == "win_rate" and check.vs})
+    references: list[Reference] = sorted({check.vs for check in config.checks if check.metric in WIN_RATES and check.vs})
     tasks, problems = set(evidence.ids_on(Side.TASK)), []
     for vs in references:
         compared = Counter(comparison.prompt_id for comparison in evidence.comparisons if comparison.vs == vs)
