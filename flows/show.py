@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_loop.artifacts import read_manifest
+from dpo_loop.artifacts import read_manifest, sha256_file
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import read_gate_report
 from dpo_loop.layout import RunDir
@@ -105,6 +105,8 @@ def print_run(console: Console, run: RunDir) -> None:
         if row.gate not in (None, GateState.PASS):
             for reason in row.reasons:
                 console.print(f"round {row.round}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for link in broken_links(run):
+        console.print(link, markup=False, highlight=False, soft_wrap=True)
     if run.index_page.is_file():
         console.print(f"report: {run.index_page}", markup=False, highlight=False, soft_wrap=True)
     waiting = next_round(run)
@@ -112,6 +114,22 @@ def print_run(console: Console, run: RunDir) -> None:
         console.print(
             f"round {waiting} waits for a person:\n{how_to_decide(run, waiting)}", markup=False, highlight=False, soft_wrap=True
         )
+
+
+def broken_links(run: RunDir) -> list[str]:
+    """Gate reports that name another report of the round before than the one that is there: one of the two was changed afterwards."""
+    found = []
+    for here in run.rounds():
+        before = run.round(here.number - 1).gate_report if here.number else None
+        if before is None or not before.is_file() or not here.gate_report.is_file():
+            continue
+        named = read_gate_report(here.stage("gate")).previous_report_sha256
+        if named != sha256_file(before):
+            found.append(
+                f"the gate report of round {here.number} follows report {(named or 'none')[:12]} of round {here.number - 1}, and the one that is there "
+                "is another: the file was changed after the fact. Compare with a backup before you rely on this run."
+            )
+    return found
 
 
 def print_round(console: Console, run: RunDir, round_number: int) -> None:

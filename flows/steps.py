@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, verify
+from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, sha256_file, verify
 from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
 from dpo_loop.files import read_json
@@ -199,7 +199,9 @@ def _seed_inputs(run: RunDir, config: RunConfig) -> dict[str, Any]:
 def _gate_inputs(run: RunDir, round_number: int, config: RunConfig, invalid: tuple[str, ...]) -> dict[str, Any]:
     here, first = run.round(round_number), run.round(0)
     policies = {"previous": pinned_parent(run, round_number).policy, "anchor": read_policy(first.stage("seed"))}
-    identity = {"run_id": config.run_id, "round": round_number}
+    before = run.round(round_number - 1).gate_report
+    chained = sha256_file(before) if before.is_file() else None
+    identity = {"run_id": config.run_id, "round": round_number, "previous_report_sha256": chained}
     if invalid:
         candidate = candidate_of(run, round_number) if is_published(run, round_number, "train") else None
         return {"reasons": invalid, "candidate": candidate, **policies, **identity}

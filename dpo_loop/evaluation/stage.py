@@ -29,6 +29,7 @@ def _gate(
     config: GateConfig,
     run_id: str,
     round: int,
+    previous_report_sha256: str | None = None,
 ) -> StageOutcome:
     evidence = Evidence(read_prompts(prompts), read_grades(grades), read_comparisons(grades), alpha=config.alpha)
     report = judge_candidate(
@@ -41,7 +42,7 @@ def _gate(
         run_id=run_id,
         round=round,
     )
-    return _publish(out, report)
+    return _publish(out, report.model_copy(update={"previous_report_sha256": previous_report_sha256}))
 
 
 def _gate_invalid(
@@ -53,6 +54,7 @@ def _gate_invalid(
     anchor: PolicyRef,
     run_id: str,
     round: int,
+    previous_report_sha256: str | None = None,
 ) -> StageOutcome:
     """An earlier stage could not finish: the round has no candidate that could be judged."""
     report = GateReport(
@@ -67,6 +69,7 @@ def _gate_invalid(
         checks=(),
         rates={},
         created_at=now(),
+        previous_report_sha256=previous_report_sha256,
     )
     return _publish(out, report)
 

@@ -112,3 +112,5 @@ class GateReport(Record):
     rates: dict[str, dict[str, float | None]]
     """policy name (candidate | previous | anchor) → rate name → value."""
     created_at: str
+    previous_report_sha256: str | None = None
+    """Of the round before, which chains the reports: none can be changed or taken out unnoticed. None in the first round."""

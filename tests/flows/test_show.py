@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, materialize
+from dpo_loop.artifacts import Stage, materialize, sha256_file
 from dpo_loop.layout import RunDir
-from dpo_loop.types import StageOutcome
-from flows.show import judge_table
-from tests.flows.runs import started_run
+from dpo_loop.types import GateState, StageOutcome
+from flows.show import broken_links, judge_table
+from tests.flows.runs import gate_report, publish, started_run
 
 
 def judged(run: RunDir, round_number: int, **metrics: Any) -> None:
@@ -39,3 +39,18 @@ def test_live_figures_stand_beside_those_of_the_round_before(tmp_path: Path) -> 
     assert second["kappa of gpt and claude"] == ["0.800", "0.800", "+0.000"]
     assert second["kappa of a and b"] == ["–", "–", "–"]
     assert judge_table(run, 3) is None
+
+
+def test_reports_of_the_gate_are_chained_and_a_changed_one_is_told(tmp_path: Path) -> None:
+    run = started_run(tmp_path / "run")
+    sha256 = None
+    for number in (1, 2, 3):
+        report = gate_report(number, GateState.PASS).model_copy(update={"previous_report_sha256": sha256})
+        publish(run.round(number).stage("gate"), {"gate_report.json": report.model_dump_json()})
+        sha256 = sha256_file(run.round(number).gate_report)
+    assert broken_links(run) == []
+    changed = run.round(2).gate_report
+    changed.chmod(0o644)
+    changed.write_text(changed.read_text().replace("because it is PASS", "because I say so"))
+    [told] = broken_links(run)
+    assert "report of round 3 follows" in told
