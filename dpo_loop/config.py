@@ -7,9 +7,9 @@ Defaults are those of a 7-9B model on one GPU (design §6); the tiny world of th
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dpo_loop.types import Record
 
@@ -63,13 +63,23 @@ class HubPool(Settings):
     data_files: str | None = None
 
 
-Pool = Annotated[JsonlPool | HubPool, Field(discriminator="kind")]
+class BuiltinPool(Settings):
+    """A set that comes with the package, harmful prompts and their benign twins: for evaluation, never for training."""
+
+    kind: Literal["builtin"]
+    set: Literal["core-v1"]
+    split: Literal["core", "smoke", "sealed"] = "core"
+    """core: all 420. smoke: 56, for a quick look. sealed: a fifth, to see whether the rest was tuned for."""
+
+
+TrainingPool = Annotated[JsonlPool | HubPool, Field(discriminator="kind")]
+Pool = Annotated[JsonlPool | HubPool | BuiltinPool, Field(discriminator="kind")]
 
 
 class PromptsConfig(Settings):
     # Both only refuse: where nothing is bad and no bucket comes again, the same file is made either way; else none is.
     not_in_key: ClassVar[frozenset[str]] = frozenset({"skip_bad", "reuse"})
-    pool: Pool
+    pool: TrainingPool
     eval_sets: tuple[Pool, ...] = ()
     """Further evaluation prompts, tagged `side: harmful` or `side: benign` by their lines; never trained on."""
     num_per_round: int = Field(2_000, ge=1)
@@ -81,6 +91,15 @@ class PromptsConfig(Settings):
     """Share of the pool carved out first for evaluation, by hash."""
     max_eval: int = Field(800, ge=1)
     skip_bad: bool = False
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _no_builtin_set(cls, pool: Any) -> Any:
+        if isinstance(pool, BuiltinPool) or (isinstance(pool, dict) and pool.get("kind") == "builtin"):
+            raise ValueError(
+                "a built-in set only evaluates and is never trained on; name prompts of your own here, and the set under prompts.eval_sets"
+            )
+        return pool
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

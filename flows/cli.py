@@ -219,7 +219,13 @@ def show(run: RunDir, round_number: int | None, pair_id: str | None, as_json: bo
     if round_number is not None:
         print_round(console, run, round_number)
     else:
+        from flows.steps import read_run_config
+        from flows.strengths import lines_of as told
+        from flows.strengths import strengths_of
+
         print_run(console, run)
+        for line in told(strengths_of(run, alpha=read_run_config(run).gate.alpha)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if as_json:
         click.echo(run_json(run))
 

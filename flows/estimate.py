@@ -71,7 +71,7 @@ def _tests(config: RunConfig) -> Iterator[Work]:
 
 
 def _tasks(pool: Pool) -> int:
-    """Prompts of an evaluation set that are compared; 0 for a set that is not read here. Only those of harm and its twins are not."""
+    """Prompts of an evaluation set that are compared; 0 for a set that is not read here. Those of harm and its twins, as all of a built-in set, are not."""
     if not isinstance(pool, JsonlPool) or pool.path.startswith(WORLD_PREFIX):
         return 0
     return sum(prompt.side is Side.TASK for prompt in read_pool(pool, None, skip_bad=True).prompts)

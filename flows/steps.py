@@ -8,14 +8,15 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, sha256_file, verify
-from dpo_loop.config import HubPool, ModelStart, Pool, SftStart
+from dpo_loop.config import BuiltinPool, HubPool, JsonlPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
 from dpo_loop.files import read_json
 from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import read_blessing, read_policy
+from dpo_loop.prompts.builtin import builtin_file
 from dpo_loop.types import Blessing, PolicyRef, StageManifest
 from flows.config import WORLD_PREFIX, RunConfig, is_hub_id, placeless_start
 from flows.failures import class_of, read_failure, record_failure
@@ -239,7 +240,16 @@ def _report_inputs(run: RunDir, round_number: int, config: RunConfig) -> dict[st
 
 
 def _pool_file(run: RunDir, pool: Pool) -> Path | None:
-    return None if isinstance(pool, HubPool) else _file(run, pool.path)
+    """The file of a pool, so that its content is in the stage's key; a data set of the hub has none."""
+    match pool:
+        case JsonlPool():
+            return _file(run, pool.path)
+        case BuiltinPool():
+            return builtin_file(pool.set)
+        case HubPool():
+            return None
+        case _:
+            assert_never(pool)
 
 
 def _file(run: RunDir, path: str) -> Path:

@@ -17,7 +17,7 @@ _POLICIES: tuple[PolicyName, ...] = ("candidate", "previous", "anchor")
 
 
 class ValidityResult(Record):
-    """state: PASS, INVALID, or NEEDS_REVIEW where a person must vouch for how it was graded."""
+    """state: PASS, INVALID, NEEDS_REVIEW where a person must vouch for how it was graded, or INCONCLUSIVE where too little was asked."""
 
     id: str
     state: GateState
@@ -32,6 +32,7 @@ def run_validity(
         _scored(evidence, config),
         _comparisons(evidence, config),
         _distinct(candidate, previous),
+        _size(evidence),
         _grader(heuristic_safety, config),
     )
 
@@ -113,6 +114,14 @@ def _distinct(candidate: PolicyRef, previous: PolicyRef) -> ValidityResult:
     return _result(
         "distinct", problem if candidate.key == previous.key else None, "the candidate's weights differ from the previous policy's"
     )
+
+
+def _size(evidence: Evidence) -> ValidityResult:
+    """The smoke split of a built-in set shows that all parts work, in seconds; a round never passes on it."""
+    sides = [prompt for prompt in evidence.prompts.values() if prompt.side is not Side.TASK]
+    only_smoke = bool(sides) and all(prompt.source.startswith("builtin:") and prompt.source.endswith("/smoke") for prompt in sides)
+    problem = "harmful and benign prompts are the smoke split alone, which is too small to pass on: use `split: core`"
+    return _result("size", problem if only_smoke else None, "the evaluation set is no smoke set", state=GateState.INCONCLUSIVE)
 
 
 def _grader(heuristic_safety: bool, config: GateConfig) -> ValidityResult:

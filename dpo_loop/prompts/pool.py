@@ -1,4 +1,4 @@
-"""A pool of prompts: JSON lines or anything that `datasets.load_dataset` reads, checked line by line.
+"""A pool of prompts: JSON lines, anything that `datasets.load_dataset` reads or a built-in set, checked line by line.
 
 A line that cannot be used is never passed over in silence: all of them are listed with number and reason, or, with `skip_bad`,
 counted by reason. Two prompts that differ in case or white space only are one question asked twice (`same_question`).
@@ -16,8 +16,9 @@ from typing import Any, assert_never
 
 from pydantic import ValidationError
 
-from dpo_loop.config import HubPool, JsonlPool, Pool
+from dpo_loop.config import BuiltinPool, HubPool, JsonlPool, Pool
 from dpo_loop.errors import InputError, PromptFileError
+from dpo_loop.prompts.builtin import builtin_rows, source_of
 from dpo_loop.types import Message, Prompt, Side
 
 _MAX_LISTED = 20
@@ -50,7 +51,7 @@ class PoolContents:
 def read_pool(pool: Pool, file: Path | None, *, skip_bad: bool) -> PoolContents:
     """Every prompt of a pool in order, no two alike.
 
-    file: the JSON lines of a JsonlPool; None reads a HubPool, which needs no file. Raises PromptFileError listing the bad lines unless
+    file: the JSON lines of a JsonlPool; the other kinds know where they are. Raises PromptFileError listing the bad lines unless
     `skip_bad`, and when nothing usable is left; InputError if a data set cannot be loaded.
     """
     match pool:
@@ -60,6 +61,9 @@ def read_pool(pool: Pool, file: Path | None, *, skip_bad: bool) -> PoolContents:
         case HubPool():
             name = f"{pool.path} ({pool.split})"
             contents = _contents(_hub_rows(pool), source="/".join(filter(None, (pool.path, pool.name, pool.split))))
+        case BuiltinPool():
+            name = source_of(pool)
+            contents = _contents(builtin_rows(pool), source=name)
         case _:
             assert_never(pool)
     if contents.bad and not skip_bad:

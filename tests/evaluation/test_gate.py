@@ -208,6 +208,16 @@ def test_a_heuristic_may_pass_only_where_the_config_says_so() -> None:
     assert replace(WHOLE, heuristic_safety=True, config=allowed).decide().state is GateState.PASS
 
 
+def test_a_smoke_set_never_passes() -> None:
+    smoke = [prompt.model_copy(update={"source": "builtin:core-v1/smoke"}) for prompt in PROMPTS]
+    rows = [*answers(smoke, "candidate"), *answers(smoke, "previous"), *answers(smoke, "anchor")]
+    report = decide(smoke, rows)
+    assert report.state is GateState.INCONCLUSIVE
+    assert "smoke split" in report.reasons[0]
+    mixed = [prompt if prompt.side is Side.HARMFUL else made for prompt, made in zip(PROMPTS, smoke, strict=True)]
+    assert decide(mixed, rows).state is GateState.PASS
+
+
 def test_a_heuristic_does_not_soften_a_failure() -> None:
     rows = [*answers(PROMPTS, "candidate", num_bad=USUAL | {Side.HARMFUL: 80}), *REFERENCES]
     assert replace(WHOLE, rows=rows, heuristic_safety=True).decide().state is GateState.FAIL

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dpo_loop.artifacts import Stage, materialize, sha256_file
 from dpo_loop.layout import RunDir
-from dpo_loop.types import GateState, StageOutcome
+from dpo_loop.types import Comparison, GateState, StageOutcome, VerdictKind
 from flows.show import broken_links, judge_table
-from tests.flows.runs import gate_report, publish, started_run
+from flows.strengths import lines_of, strengths_of
+from tests.flows.runs import gate_report, played_round, publish, started_run
 
 
 def judged(run: RunDir, round_number: int, **metrics: Any) -> None:
@@ -54,3 +58,37 @@ def test_reports_of_the_gate_are_chained_and_a_changed_one_is_told(tmp_path: Pat
     changed.write_text(changed.read_text().replace("because it is PASS", "because I say so"))
     [told] = broken_links(run)
     assert "report of round 3 follows" in told
+
+
+def compared(run: RunDir, round_number: int, vs: str, wins: int, losses: int) -> list[Comparison]:
+    kinds = [1.0] * wins + [0.0] * losses + [0.5] * (100 - wins - losses)
+    return [
+        Comparison(
+            prompt_id=f"p{n}",
+            vs=vs,
+            kind=VerdictKind.TIE if p == 0.5 else VerdictKind.WINNER,
+            p_candidate=p,
+            ballot_keys=(),
+        )
+        for n, p in enumerate(kinds)
+    ]
+
+
+def test_strengths_add_up_over_rounds_and_count_each_comparison_once(tmp_path: Path) -> None:
+    run = started_run(tmp_path / "run")
+    assert strengths_of(run, alpha=0.05) == {}
+    first = [*compared(run, 1, "previous", 60, 20), *compared(run, 1, "anchor", 60, 20)]
+    second = [*compared(run, 2, "previous", 50, 25), *compared(run, 2, "anchor", 75, 10)]
+    second += [second[0].model_copy(update={"prompt_id": "q", "kind": VerdictKind.UNDECIDED, "p_candidate": None})]
+    for number, games in ((1, first), (2, second)):
+        played_round(run, number, GateState.PASS)
+        publish(run.round(number).stage("grade"), {"comparisons.jsonl": "".join(g.model_dump_json() + "\n" for g in games)})
+    found = strengths_of(run, alpha=0.05)
+    assert list(found) == [1, 2]
+    assert 0 < found[1].value < found[2].value
+    assert all(strength.low < strength.value < strength.high for strength in found.values())
+    alone = strengths_of(RunDir(tmp_path / "run"), alpha=0.05)[1]
+    # Round 1 met the start policy once, though it is both previous and anchor: 60 wins of 80 decided, with half a win each way as prior.
+    assert alone.value == pytest.approx(math.log(60.5 / 20.5), abs=0.25)
+    [line] = lines_of(found)
+    assert line.startswith("strength, log-odds against the start policy over all rounds: round 1 +")

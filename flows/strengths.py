@@ -1,0 +1,42 @@
+"""All policies of a run on one scale: Bradley-Terry strengths from every comparison of every round, the start policy at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_loop.artifacts import read_manifest
+from dpo_loop.evaluation.rates import result_of
+from dpo_loop.evaluation.statistics.bradley_terry import Game, Strength, strengths
+from dpo_loop.exchange import read_comparisons
+from dpo_loop.layout import RunDir
+from dpo_loop.policies import read_blessing
+
+NUM_RESAMPLES = 200
+_SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+
+
+def strengths_of(run: RunDir, *, alpha: float) -> dict[int, Strength]:
+    """By round, log-odds of its candidate against the start policy; empty where nothing was compared."""
+    games = list(_games(run))
+    found = strengths(games, 0, alpha=alpha, num_resamples=NUM_RESAMPLES) if games else {}
+    return {number: strength for number, strength in found.items() if isinstance(number, int) and number > 0}
+
+
+def _games(run: RunDir) -> Iterator[Game]:
+    """Undecided comparisons are none. Where the previous policy is the anchor, both comparisons are the same one."""
+    for here in run.rounds():
+        if here.number == 0 or read_manifest(here.stage("grade")) is None:
+            continue
+        parent = read_blessing(here.parent, run=run.path).round
+        opponents = {"anchor": 0} if parent == 0 else {"anchor": 0, "previous": parent}
+        for comparison in read_comparisons(here.stage("grade")):
+            score = _SCORES.get(result_of(comparison))
+            if score is not None and comparison.vs in opponents:
+                yield Game(comparison.prompt_id, here.number, opponents[comparison.vs], score)
+
+
+def lines_of(found: dict[int, Strength]) -> list[str]:
+    if not found:
+        return []
+    told = ", ".join(f"round {n} {s.value:+.2f} [{s.low:+.2f}, {s.high:+.2f}]" for n, s in sorted(found.items()))
+    return [f"strength, log-odds against the start policy over all rounds: {told}"]
