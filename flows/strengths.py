@@ -39,4 +39,4 @@ def lines_of(found: dict[int, Strength]) -> list[str]:
     if not found:
         return []
     told = ", ".join(f"round {n} {s.value:+.2f} [{s.low:+.2f}, {s.high:+.2f}]" for n, s in sorted(found.items()))
-    return [f"strength, log-odds against the start policy over all rounds: {told}"]
+    return [f"strength over all rounds, log-odds of winning where one of the two wins, start policy 0: {told}"]

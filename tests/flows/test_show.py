@@ -53,6 +53,8 @@ def test_reports_of_the_gate_are_chained_and_a_changed_one_is_told(tmp_path: Pat
         publish(run.round(number).stage("gate"), {"gate_report.json": report.model_dump_json()})
         sha256 = sha256_file(run.round(number).gate_report)
     assert broken_links(run) == []
+    publish(run.round(4).stage("gate"), {"gate_report.json": gate_report(4, GateState.PASS).model_dump_json()})
+    assert broken_links(run) == [], "an older dpo-loop did not chain them"
     changed = run.round(2).gate_report
     changed.chmod(0o644)
     changed.write_text(changed.read_text().replace("because it is PASS", "because I say so"))
@@ -91,4 +93,4 @@ def test_strengths_add_up_over_rounds_and_count_each_comparison_once(tmp_path: P
     # Round 1 met the start policy once, though it is both previous and anchor: 60 wins of 80 decided, with half a win each way as prior.
     assert alone.value == pytest.approx(math.log(60.5 / 20.5), abs=0.25)
     [line] = lines_of(found)
-    assert line.startswith("strength, log-odds against the start policy over all rounds: round 1 +")
+    assert ", start policy 0: round 1 +" in line
