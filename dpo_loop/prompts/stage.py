@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from dpo_loop.artifacts import Stage
-from dpo_loop.config import PromptsConfig
+from dpo_loop.config import BuiltinPool, PromptsConfig
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import PROMPTS as PROMPTS_FILE
 from dpo_loop.exchange import read_prompts
@@ -60,15 +60,21 @@ def carve_evaluation(
 
 
 def take_prompts(out: Path, *, config: PromptsConfig, pool: Path | None, evalset: Path, round: int, seed: int) -> StageOutcome:
-    """The prompts of one round: its bucket of the pool, at most `num_per_round`, never an evaluation prompt."""
+    """The prompts of one round: its bucket of the pool, at most `num_per_round`, never an evaluation prompt, and never one of the sets that come
+    with the package, whether or not this run evaluates with them."""
     turn = turn_of(round, config=config)
     say(f"prompts: reading the pool {config.pool.path}")
     contents = read_pool(config.pool, pool, skip_bad=config.skip_bad)
     evaluated = {normalised(prompt) for prompt in read_prompts(evalset)}
+    of_package = {
+        normalised(prompt) for prompt in read_pool(BuiltinPool(kind="builtin", set="core-v1"), None, skip_bad=False).prompts
+    }
 
     def place(prompt: Prompt) -> str:
         if is_held_out(prompt, config=config, seed=seed) or normalised(prompt) in evaluated:
             return "evaluation"
+        if normalised(prompt) in of_package:
+            return "built_in_evaluation"
         return "mine" if bucket_of(prompt, config=config, seed=seed) == turn.bucket else "other_rounds"
 
     places = [(place(prompt), prompt) for prompt in contents.prompts]
@@ -95,4 +101,5 @@ def take_prompts(out: Path, *, config: PromptsConfig, pool: Path | None, evalset
 
 
 EVALSET = Stage(name="evalset", version=1, run=carve_evaluation)
-PROMPTS = Stage(name="prompts", version=1, run=take_prompts)
+# Also bumped when a set of the package changes, which the stage's inputs do not show.
+PROMPTS = Stage(name="prompts", version=2, run=take_prompts)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dpo_loop.artifacts import sha256_file
+from dpo_loop.artifacts import materialize, sha256_file
 from dpo_loop.config import BuiltinPool, JsonlPool, PromptsConfig
 from dpo_loop.errors import ConfigError
 from dpo_loop.exchange import read_prompts
 from dpo_loop.files import read_jsonl
 from dpo_loop.prompts.builtin import CoreRow, builtin_file
 from dpo_loop.prompts.pool import read_pool
+from dpo_loop.prompts.stage import EVALSET, PROMPTS
 from dpo_loop.types import Grade, Side
 from flows.config import resolve_paths
 from flows.estimate import works_of
@@ -219,3 +220,18 @@ def test_another_set_or_split_is_refused(tmp_path: Path, change: dict[str, str])
         check(raw_config(tmp_path / "run", prompts={"pool": {"kind": "jsonl", "path": "world:pool.jsonl"}, "eval_sets": sets}))
     (problem,) = caught.value.problems
     assert problem.startswith(f"prompts.eval_sets.0.{next(iter(change))}: ")
+
+
+def test_a_copy_of_the_set_in_the_pool_is_never_trained_on(tmp_path: Path) -> None:
+    """Also where the run does not evaluate with the set."""
+    rows = [{"prompt": row.prompt.upper()} for row in read_jsonl(builtin_file("core-v1"), CoreRow)]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *({"prompt": f"Ordinary {n}"} for n in range(80))]))
+    config = PromptsConfig(pool=JsonlPool(kind="jsonl", path=str(pool)), num_buckets=1)
+    inputs = {"config": config, "pool": pool, "seed": 0}
+    materialize(EVALSET, tmp_path / "evalset", eval_sets=(), **inputs)
+    manifest = materialize(PROMPTS, tmp_path / "prompts", evalset=tmp_path / "evalset", round=1, **inputs)
+    taken = [prompt.text for prompt in read_prompts(tmp_path / "prompts")]
+    assert taken
+    assert all(text.startswith("Ordinary") for text in taken)
+    assert manifest.outcome.tallies[0].parts["built_in_evaluation"] > 300
