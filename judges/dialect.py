@@ -72,14 +72,14 @@ class Answer:
     is_hopeless: bool = False
 
 
-class StatedUsage(BaseModel):
+class StatedUsage(BaseModel, ABC):
     """Of a vendor, as its JSON states it."""
 
     model_config = ConfigDict(extra="ignore")
 
     @property
-    def ours(self) -> Usage:
-        raise NotImplementedError
+    @abstractmethod
+    def ours(self) -> Usage: ...
 
 
 def usage_of(shape: type[StatedUsage], stated: Any) -> Usage | None:
