@@ -227,7 +227,7 @@ def show(run: RunDir, round_number: int | None, pair_id: str | None, as_json: bo
         for line in told(strengths_of(run, alpha=read_run_config(run).gate.alpha)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        click.echo(run_json(run))
+        click.echo(run_json(run, round_number))
 
 
 # ------------------------------------------------------------------------------------------------------------ deciding

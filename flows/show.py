@@ -44,9 +44,14 @@ def interval(value: float | None, ci: tuple[float, float] | None) -> str:
     return rate(value) if value is None or ci is None else f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
 
 
-def run_json(run: RunDir) -> str:
-    """The one line that other programs read: {"rounds": [...]}, round 0 first; report paths absolute."""
-    return json.dumps({"rounds": [_absolute_report(run, row) for row in summaries(run)]})
+def run_json(run: RunDir, round_number: int | None = None) -> str:
+    """The one line that other programs read: {"rounds": [...]}, round 0 first; report paths absolute. Of one round also its gate report, null where
+    there is none."""
+    told: dict[str, Any] = {"rounds": [_absolute_report(run, row) for row in summaries(run)]}
+    if round_number is not None:
+        gate_dir = run.round(round_number).stage("gate")
+        told["gate_report"] = read_gate_report(gate_dir).model_dump(mode="json") if read_manifest(gate_dir) else None
+    return json.dumps(told)
 
 
 def _absolute_report(run: RunDir, row: RoundSummary) -> dict[str, Any]:

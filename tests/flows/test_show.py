@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 
 from dpo_loop.artifacts import Stage, materialize, sha256_file
 from dpo_loop.layout import RunDir
-from dpo_loop.types import Comparison, GateState, StageOutcome, VerdictKind
-from flows.show import broken_links, judge_table
+from dpo_loop.types import Comparison, GateReport, GateState, StageOutcome, VerdictKind
+from flows.show import broken_links, judge_table, run_json
 from flows.strengths import lines_of, strengths_of
 from tests.flows.runs import gate_report, played_round, publish, started_run
 
@@ -94,3 +95,13 @@ def test_strengths_add_up_over_rounds_and_count_each_comparison_once(tmp_path: P
     assert alone.value == pytest.approx(math.log(60.5 / 20.5), abs=0.25)
     [line] = lines_of(found)
     assert ", start policy 0: round 1 +" in line
+
+
+def test_one_round_s_json_holds_its_gate_report(tmp_path: Path) -> None:
+    run = started_run(tmp_path / "run")
+    played_round(run, 1, GateState.FAIL)
+    told = json.loads(run_json(run, 1))
+    assert GateReport.model_validate(told["gate_report"]).state is GateState.FAIL
+    assert [row["round"] for row in told["rounds"]] == [0, 1]
+    assert json.loads(run_json(run, 0))["gate_report"] is None
+    assert "gate_report" not in json.loads(run_json(run))
