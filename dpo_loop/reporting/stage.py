@@ -56,7 +56,7 @@ def _report(
     )
 
 
-REPORT = Stage("report", 1, _report)
+REPORT = Stage("report", 2, _report)
 
 
 def _as_typed(run: Path) -> str:
