@@ -94,7 +94,7 @@ class Dialect(ABC):
     """Sends through a vendor's SDK with its own retries off, and classifies what it raises.
 
     The key, the base URL and the model come from the config alone, never from `OPENAI_*` or `ANTHROPIC_*` variables. Its connections are
-    aiohttp's, which the SDKs offer in place of their own: a call costs less than two thirds, and a pool of hundreds no more than a small one.
+    aiohttp's, which the SDKs offer in place of their own: a call costs a quarter less, and a pool of hundreds no more than a small one.
     """
 
     def __init__(self, config: RemoteJudge, sdk: Any) -> None:
