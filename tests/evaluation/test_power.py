@@ -5,16 +5,13 @@ from __future__ import annotations
 from itertools import product
 from math import comb
 
-import numpy as np
 import pytest
 
 from dpo_loop.evaluation.statistics import mcnemar_p, tango_limit
 from dpo_loop.evaluation.statistics.power import (
-    curve,
     minimum_detectable_effect,
     pass_probability,
     rejection_probability,
-    rogan_gladen,
 )
 
 ALPHA = 0.05
@@ -66,20 +63,6 @@ def test_a_worsening_as_large_as_the_margin_passes_about_as_often_as_alpha_says(
         assert 0.01 < pass_probability(0.05, n, churn=0.02, margin=0.05, alpha=ALPHA) < 0.065
 
 
-def test_the_curve_falls_from_no_change_to_twice_the_margin() -> None:
-    points = list(curve(210, churn=0.01, margin=0.05, alpha=ALPHA))
-    assert (points[0][0], points[-1][0]) == (0.0, pytest.approx(0.1))
-    assert np.all(np.diff([chance for _, chance in points]) < 0)
-    assert points[-1][1] < 1e-3
-
-
 def test_what_cannot_be_found_at_all_is_everything() -> None:
     assert minimum_detectable_effect(3, churn=0.0, alpha=ALPHA) == 1.0
     assert rejection_probability(0.0, 50, churn=0.0, alpha=ALPHA) == 0.0
-
-
-def test_the_rate_behind_an_imperfect_judge() -> None:
-    # 10 % bad: .9 of them and .02 of the others are called bad, .09 + .018.
-    assert rogan_gladen(0.108, sensitivity=0.9, specificity=0.98) == pytest.approx(0.1)
-    assert rogan_gladen(0.01, sensitivity=0.9, specificity=0.98) == 0.0, "less than the judge's own errors"
-    assert rogan_gladen(0.3, sensitivity=0.5, specificity=0.5) is None

@@ -7,7 +7,6 @@ causes some (an A/A run measures it).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
 
 from scipy.special import betainc, gammaln
@@ -99,19 +98,3 @@ def _binomial(k: int, n: int, p: float) -> float:
         return float(k == (0 if p <= 0 else n))
     log = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p)
     return math.exp(float(log))
-
-
-def rogan_gladen(observed: float, *, sensitivity: float, specificity: float) -> float | None:
-    """The rate behind one that an imperfect judge reports, in 0..1: Rogan and Gladen (1978), American Journal of Epidemiology 107:71-76.
-
-    sensitivity: share of bad answers it calls bad; specificity: share of good ones it calls good. None for a judge no better than chance.
-    """
-    informed = sensitivity + specificity - 1
-    return min(1.0, max(0.0, (observed + specificity - 1) / informed)) if informed > 0 else None
-
-
-def curve(num_pairs: int, *, churn: float, margin: float, alpha: float) -> Iterator[tuple[float, float]]:
-    """(true worsening, probability of PASS) in steps of a fifth of the margin, up to twice the margin."""
-    for step in range(11):
-        effect = step * margin / 5
-        yield effect, pass_probability(effect, num_pairs, churn=churn, margin=margin, alpha=alpha)
