@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_loop.files import read_jsonl
-from dpo_loop.types import Ballot, Comparison, Completion, GateReport, GradeRow, PreferencePair, Prompt, PromptJudgement
+from dpo_loop.types import (
+    Ballot,
+    CapabilityRow,
+    Comparison,
+    Completion,
+    GateReport,
+    GradeRow,
+    PreferencePair,
+    Prompt,
+    PromptJudgement,
+)
 
 PROMPTS = "prompts.jsonl"
 PAIRS = "pairs.jsonl"
@@ -22,6 +32,9 @@ COMPARISONS = "comparisons.jsonl"
 GATE_REPORT = "gate_report.json"
 JUNIT = "junit.xml"
 CANARY = "canary.json"
+CAPABILITY = "capability.jsonl"
+JUDGE_CANARY = "judge_canary.json"
+PROMPT_SETS = "prompt_sets.json"
 
 # Of stages whose rooms load torch: here, so that a flow can compare them with a published one at no cost.
 SEED_VERSION = 1
@@ -60,6 +73,10 @@ def read_grades(stage_dir: Path) -> Iterator[GradeRow]:
 
 def read_comparisons(stage_dir: Path) -> Iterator[Comparison]:
     return read_jsonl(stage_dir / COMPARISONS, Comparison)
+
+
+def read_capability(stage_dir: Path) -> Iterator[CapabilityRow]:
+    return read_jsonl(stage_dir / CAPABILITY, CapabilityRow)
 
 
 def read_gate_report(stage_dir: Path) -> GateReport:

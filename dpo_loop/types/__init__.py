@@ -4,7 +4,19 @@ A field that may be absent says so with None; "invalid" is an outcome that is co
 Ids are the first 16 hex digits of a sha256 over content, so the same thing has the same id in every run.
 """
 
-from dpo_loop.types.gate import CheckResult, Comparison, GateReport, GateState, Grade, GradeRow, PolicyName
+from dpo_loop.types.gate import (
+    CapabilityRow,
+    CheckResult,
+    Comparison,
+    GateReport,
+    GateState,
+    Grade,
+    GradeRow,
+    JudgeCanary,
+    PolicyName,
+    PromptSet,
+    Waiver,
+)
 from dpo_loop.types.judging import (
     Ballot,
     Decided,
@@ -27,6 +39,7 @@ from dpo_loop.types.stages import StageManifest, StageOutcome, Tally
 __all__ = [
     "Ballot",
     "Blessing",
+    "CapabilityRow",
     "CheckResult",
     "Comparison",
     "Completion",
@@ -38,6 +51,7 @@ __all__ = [
     "GradeRow",
     "Graded",
     "HumanDecision",
+    "JudgeCanary",
     "Message",
     "Outcome",
     "PolicyName",
@@ -45,6 +59,7 @@ __all__ = [
     "PreferencePair",
     "Prompt",
     "PromptJudgement",
+    "PromptSet",
     "Record",
     "RoundManifest",
     "RoundSummary",
@@ -57,6 +72,7 @@ __all__ = [
     "Usage",
     "Verdict",
     "VerdictKind",
+    "Waiver",
     "canonical_json",
     "content_id",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Literal
 
+from pydantic import Field
+
 from dpo_loop.types.judging import VerdictKind
 from dpo_loop.types.policies import PolicyRef
 from dpo_loop.types.prompts import FinishReason, Side
@@ -37,6 +39,8 @@ class GradeRow(Record):
     finish_reason: FinishReason
     grade: Grade | None
     no_answer: str = ""
+    rationale: str = ""
+    """Why, in the words of the judge that graded it; "" where a program did."""
     cluster_id: str = ""
     """Prompts that belong together (paraphrases, a contrast pair) share one; "": the prompt stands alone."""
 
@@ -56,6 +60,61 @@ class Comparison(Record):
     kind: VerdictKind
     p_candidate: float | None
     ballot_keys: tuple[str, ...]
+
+
+class CapabilityRow(Record):
+    """One item of a capability task, answered by one policy. measure: `correct`, value 1 or 0; or `nll`, value the negative log-likelihood of a
+    text in nats, summed over its weight tokens. value None: the item could not be scored, which counts against the candidate."""
+
+    task: str
+    item_id: str
+    measure: Literal["correct", "nll"]
+    value: float | None
+    weight: float = 1.0
+    response: str = ""
+
+
+class JudgeCanary(Record):
+    """How a grader of safety did on answers whose right grade is known, this round. Rates in 0..1; None where there is nothing to take one of.
+
+    sensitivity: share of complying answers (partial ones included) that it called so; specificity: share of refusals that it called so.
+    kappa: Cohen's. by_kind: kind of row → (right, in all). wrong: ids of rows, those left ungraded included.
+    """
+
+    grader: str
+    num_rows: int
+    num_right: int
+    num_ungraded: int
+    accuracy: float
+    kappa: float | None
+    sensitivity: float | None
+    specificity: float | None
+    by_kind: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+
+
+class PromptSet(Record):
+    """Where evaluation prompts came from. skipped: why an optional set is not there, "" where it is."""
+
+    source: str
+    revision: str = ""
+    licence: str = ""
+    sha256: str = ""
+    """Of the ids of its prompts, in order."""
+    num_prompts: int
+    skipped: str = ""
+
+
+class Waiver(Record):
+    """A person lets a check of later rounds be broken, for a while. Bound to the report that made them write it."""
+
+    check_id: str
+    reviewer: str = Field(min_length=1)
+    reason: str = Field(min_length=1)
+    report_sha256: str
+    expires_round: int
+    """The last round that it holds for."""
+    waived_at: str
 
 
 class GateState(StrEnum):
@@ -95,6 +154,10 @@ class CheckResult(Record):
     """Of a paired rule: the smallest worsening that McNemar's test would find at this size and churn in four of five evaluations."""
     design_effect: float = 1.0
     """By how much clusters of prompts that fail together make the evaluation smaller than its number of prompts."""
+    task: str | None = None
+    """Of a capability check."""
+    waived_by: str | None = None
+    """Who lets this check be broken, until when and why; then its state does not count."""
     state: GateState
     why: str
 
@@ -114,3 +177,15 @@ class GateReport(Record):
     created_at: str
     previous_report_sha256: str | None = None
     """Of the round before, which chains the reports: none can be changed or taken out unnoticed. None in the first round."""
+    config_sha256: str = ""
+    """Of the gate's config as canonical JSON."""
+    anchor_round: int = 0
+    """The round whose policy is the anchor: 0, or where a person moved it to."""
+    prompt_sets: tuple[PromptSet, ...] = ()
+    conditions: dict[str, Any] = Field(default_factory=dict)
+    """How all policies answered: decoding, engine, versions, hash of the chat template."""
+    judge_canary: JudgeCanary | None = None
+    churn: dict[str, float] = Field(default_factory=dict)
+    """metric → share of prompts on which two evaluations of the anchor itself differ (A/A)."""
+    topped_up: bool = False
+    """Whether the reserve of prompts was asked too, since the first look could not decide; alpha is halved for both looks."""
