@@ -145,7 +145,7 @@ def materialize(stage: Stage, out: Path, *, wait_s: float = 30.0, **inputs: Any)
             outcome=outcome,
             seconds=round(time.monotonic() - started, 3),
             finished_at=now(),
-            versions=_versions(),
+            versions=package_versions(),
             machine={"host": platform.node(), "cpus": os.cpu_count(), "platform": platform.platform()},
         )
         write_text(work / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
@@ -238,7 +238,8 @@ def _clear(path: Path) -> None:
         path.unlink()
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of the packages that may change what a stage makes; left out where one is not installed."""
     found = {"python": platform.python_version()}
     for name in _RECORDED_PACKAGES:
         try:

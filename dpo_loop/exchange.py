@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from dpo_loop.files import read_jsonl
 from dpo_loop.types import (
     Ballot,
     CapabilityRow,
     Comparison,
     Completion,
+    Conditions,
     GateReport,
     GradeRow,
+    JudgeCanary,
     PreferencePair,
     Prompt,
     PromptJudgement,
+    PromptSet,
 )
 
 PROMPTS = "prompts.jsonl"
@@ -32,6 +37,7 @@ COMPARISONS = "comparisons.jsonl"
 GATE_REPORT = "gate_report.json"
 JUNIT = "junit.xml"
 CANARY = "canary.json"
+CONDITIONS = "conditions.json"
 CAPABILITY = "capability.jsonl"
 JUDGE_CANARY = "judge_canary.json"
 PROMPT_SETS = "prompt_sets.json"
@@ -77,6 +83,23 @@ def read_comparisons(stage_dir: Path) -> Iterator[Comparison]:
 
 def read_capability(stage_dir: Path) -> Iterator[CapabilityRow]:
     return read_jsonl(stage_dir / CAPABILITY, CapabilityRow)
+
+
+def read_conditions(stage_dir: Path) -> Conditions:
+    return Conditions.model_validate_json((stage_dir / CONDITIONS).read_bytes())
+
+
+def read_judge_canary(stage_dir: Path) -> JudgeCanary | None:
+    """None where a program graded, which has no canary."""
+    path = stage_dir / JUDGE_CANARY
+    return JudgeCanary.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def read_prompt_sets(stage_dir: Path) -> tuple[PromptSet, ...]:
+    """Empty where nobody said where the prompts come from."""
+    if not (stage_dir / PROMPT_SETS).is_file():
+        return ()
+    return TypeAdapter(tuple[PromptSet, ...]).validate_json((stage_dir / PROMPT_SETS).read_bytes())
 
 
 def read_gate_report(stage_dir: Path) -> GateReport:

@@ -6,9 +6,12 @@ runs/demo/
   ledger.sqlite          every judge call
   index.html             the report over all rounds
   approvals/<sha256>.json   a person's decision about one gate report
+  anchor.json            where a person moved the anchor to; waivers.jsonl: checks that people let be broken for a while
+  exports.jsonl          what was exported, and what was forced out
   logs/001-train.log     output of each stage's process
   rounds/000/            round 0 prepares and grades the start policy, the anchor
   rounds/001/parent.json  the blessing of the policy that this round generates with, pinned when it begins
+  rounds/001/terms.json  the anchor and the waivers that hold for this round, pinned when it begins
   rounds/001/<stage>/manifest.json
   rounds/001/failed/<stage>.json   why a stage could not finish
   rounds/001/round.json  the end of the round
@@ -19,8 +22,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES_OF_ROUND_0 = ("world", "seed", "evalset", "answer", "grade", "report")
-STAGES = ("prompts", "generate", "judge", "pair", "train", "answer", "grade", "gate", "report")
+STAGES_OF_ROUND_0 = (
+    "world",
+    "seed",
+    "evalset",
+    "reserve",
+    "answer",
+    "capability",
+    "grade",
+    "answer_again",
+    "grade_again",
+    "report",
+)
+TOP_UP = ("more_candidate", "more_previous", "more_anchor", "grade_more")
+"""The reserve of evaluation prompts answered by all three policies and graded, where `look`, the gate's first look, could not decide."""
+STAGES = ("prompts", "generate", "judge", "pair", "train", "answer", "capability", "grade", "look", *TOP_UP, "gate", "report")
 
 JUDGE_TEST = "judgetest"
 """The first stage of every round whose judge is no program."""
@@ -41,6 +57,10 @@ class RoundDir:
     @property
     def parent(self) -> Path:
         return self.path / "parent.json"
+
+    @property
+    def terms(self) -> Path:
+        return self.path / "terms.json"
 
     def stage(self, name: str) -> Path:
         return self.path / name
@@ -76,6 +96,22 @@ class RunDir:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.sqlite"
+
+    @property
+    def anchor(self) -> Path:
+        return self.path / "anchor.json"
+
+    @property
+    def waivers(self) -> Path:
+        return self.path / "waivers.jsonl"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports.jsonl"
+
+    @property
+    def export_lock(self) -> Path:
+        return self.path / ".export.lock"
 
     @property
     def lease(self) -> Path:

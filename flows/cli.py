@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from flows.gate_commands import gate, report
+from flows.options import Command, decision_options, json_flag, run_argument, run_dir
+from flows.shipping import card, export, serve_report
 
 if TYPE_CHECKING:
     from dpo_loop.layout import RunDir
     from flows.config import RunConfig
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "configs" / "demo.yaml"
 
@@ -40,24 +42,11 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-def _run_dir(_ctx: click.Context, _param: click.Parameter, value: str) -> RunDir:
-    from dpo_loop.layout import RunDir
-    from flows.steps import read_run_config
-
-    run = RunDir(Path(value).absolute())
-    read_run_config(run)
-    return run
-
-
-_run_argument = click.argument("run", metavar="RUN", callback=_run_dir)
-_json_flag = click.option("--json", "as_json", is_flag=True, help="End with one JSON line for machines.")
-
-
 def _config_options(command: Command) -> Command:
     options = (
         click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="Change a key of the config; the value is YAML."),
         click.option("--skip-bad-prompts", is_flag=True, help="Count unreadable prompts and go on (prompts.skip_bad=true)."),
-        _json_flag,
+        json_flag,
     )
     for option in reversed(options):
         command = option(command)
@@ -115,8 +104,9 @@ def _with_risk(overrides: tuple[str, ...], accepted: str | None) -> tuple[str, .
 
 
 def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:
+    from flows.judge_checks import warnings
     from flows.play import play
-    from flows.preflight import checked_config, warnings
+    from flows.preflight import checked_config
 
     if skip_bad:
         overrides = (*overrides, "prompts.skip_bad=true")
@@ -162,9 +152,9 @@ def test_of_judge(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bo
 
 @main.command()
 @click.argument("name")
-@click.option("--run", "run", required=True, metavar="RUN", callback=_run_dir, help="A run directory.")
+@click.option("--run", "run", required=True, metavar="RUN", callback=run_dir, help="A run directory.")
 @click.option("--round", "round_number", required=True, type=click.IntRange(min=0))
-@_json_flag
+@json_flag
 def step(name: str, run: RunDir, round_number: int, as_json: bool) -> None:
     """Run one stage of a round that has begun, or check that it is published. Flows start every stage this way."""
     from flows.steps import run_step
@@ -182,8 +172,8 @@ def step(name: str, run: RunDir, round_number: int, as_json: bool) -> None:
 
 
 @main.command()
-@_run_argument
-@_json_flag
+@run_argument
+@json_flag
 def status(run: RunDir, as_json: bool) -> None:
     """What RUN does now: who plays it, which stage, its last line; or what it waits for."""
     from flows.show import run_status
@@ -199,10 +189,10 @@ def status(run: RunDir, as_json: bool) -> None:
 
 
 @main.command()
-@_run_argument
+@run_argument
 @click.argument("round_number", metavar="[ROUND]", required=False, type=click.IntRange(min=0))
 @click.option("--pair", "pair_id", metavar="ID", help="A prompt's or a completion's id: every judge's reply behind its label.")
-@_json_flag
+@json_flag
 def show(run: RunDir, round_number: int | None, pair_id: str | None, as_json: bool) -> None:
     """The table of RUN's rounds, one round in detail, or one pair with all that made it."""
     if pair_id is not None:
@@ -233,26 +223,15 @@ def show(run: RunDir, round_number: int | None, pair_id: str | None, as_json: bo
 # ------------------------------------------------------------------------------------------------------------ deciding
 
 
-def _decision_options(command: Command) -> Command:
-    for option in (
-        click.option("--reason", required=True, help="Why; kept with the decision."),
-        click.option("--reviewer", required=True, help="Your name; kept with the decision. A claim, not an identity."),
-        click.argument("round_number", metavar="ROUND", type=click.IntRange(min=0)),
-        _run_argument,
-    ):
-        command = option(command)
-    return command
-
-
 @main.command()
-@_decision_options
+@decision_options
 def approve(run: RunDir, round_number: int, reviewer: str, reason: str) -> None:
     """Promote the candidate of a ROUND that the gate could not decide."""
     _decide(run, round_number, True, reviewer, reason)
 
 
 @main.command()
-@_decision_options
+@decision_options
 def reject(run: RunDir, round_number: int, reviewer: str, reason: str) -> None:
     """Keep the previous policy in a ROUND that the gate could not decide."""
     _decide(run, round_number, False, reviewer, reason)
@@ -267,36 +246,7 @@ def _decide(run: RunDir, round_number: int, approved: bool, reviewer: str, reaso
 
 
 @main.command()
-@click.option(
-    "--rows",
-    type=click.Path(path_type=Path),
-    help="JSON lines: prompt_id, side, policy, response, grade; category, cluster_id, prompt.",
-)
-@click.option(
-    "--config", "config", type=click.Path(path_type=Path), help="YAML with `checks`, or a run's config, of which `gate` is read."
-)
-@click.option("--comparisons", type=click.Path(path_type=Path), help="JSON lines of comparisons, for checks of the win rate.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for gate_report.json and junit.xml.")
-@click.option("--schema", is_flag=True, help="Print the JSON Schema of gate_report.json, and do nothing else.")
-@_json_flag
-def gate(rows: Path | None, config: Path | None, comparisons: Path | None, out: Path | None, schema: bool, as_json: bool) -> None:
-    """The gate alone, over graded answers of candidate, previous and anchor. Exit code: 0 PASS, 10 FAIL, 11 INCONCLUSIVE, 12 NEEDS_REVIEW, 13 INVALID."""
-    if schema:
-        from dpo_loop.types import GateReport
-
-        click.echo(json.dumps(GateReport.model_json_schema()))
-        return
-    if rows is None or config is None or out is None:
-        raise click.UsageError("--rows, --config and --out are needed")
-    from flows.gating import gate_rows, tell
-
-    report = gate_rows(rows, config, out, comparisons)
-    tell(report, as_json=as_json)
-    sys.exit(report.state.exit_code)
-
-
-@main.command()
-@_json_flag
+@json_flag
 def doctor(as_json: bool) -> None:
     """What this machine has: interpreter, packages, accelerator, memory, disk, Prefect."""
     from flows.doctor import examine
@@ -310,6 +260,10 @@ def doctor(as_json: bool) -> None:
             if not finding.ok:
                 click.echo(f"      {'':<12} {finding.way_out}")
     sys.exit(0 if all(finding.ok for finding in findings) else 2)
+
+
+for command in (gate, report, export, card, serve_report):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,21 @@ from pydantic import Field, ValidationError
 from dpo_loop.artifacts import fingerprint
 from dpo_loop.config import (
     AnswerConfig,
+    CapabilityConfig,
     GateConfig,
     GenerationConfig,
-    JsonlPool,
     PairingConfig,
-    Pool,
     PromptsConfig,
     Settings,
-    SftStart,
     Start,
     TinyWorldConfig,
     TrainingConfig,
 )
 from dpo_loop.errors import ConfigError
+from flows.paths import placeless_start, resolve_paths
 from judges.accounts import BudgetConfig
-from judges.config import GradingConfig, Judge, JudgingConfig, PanelJudge, RemoteJudge, RewardModelJudge, Single, VllmRunBatchJudge
+from judges.config import GradingConfig, Judge, JudgingConfig
 from judges.selftest.config import JudgeTestConfig
-
-WORLD_PREFIX = "world:"
 
 
 class RunConfig(Settings):
@@ -70,6 +67,7 @@ class RunConfig(Settings):
     training: TrainingConfig
     answering: AnswerConfig = AnswerConfig()
     grading: GradingConfig
+    capability: CapabilityConfig = CapabilityConfig()
     gate: GateConfig
     max_consecutive_failures: int = Field(2, ge=1)
     """Rounds in a row without promotion after which the loop stops."""
@@ -228,81 +226,7 @@ def written_path(loc: tuple[int | str, ...], raw: Any) -> list[int | str]:
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------- paths
-
-
-def resolve_paths(config: RunConfig) -> RunConfig:
-    """Relative paths made absolute, since stages may run in another directory; hub ids and `world:` files stay as they are."""
-    start = config.start
-    changes: dict[str, Any] = {"model": _absolute_model(start.model)}
-    if isinstance(start, SftStart):
-        changes["demonstrations"] = _absolute(start.demonstrations)
-    elif start.adapter is not None:
-        changes["adapter"] = _absolute(start.adapter)
-    prompts = config.prompts.model_copy(
-        update={
-            "pool": _absolute_pool(config.prompts.pool),
-            "eval_sets": tuple(_absolute_pool(pool) for pool in config.prompts.eval_sets),
-        }
-    )
-    return config.model_copy(
-        update={
-            "run_dir": _absolute(config.run_dir),
-            "start": start.model_copy(update=changes),
-            "prompts": prompts,
-            "judge": _absolute_judge(config.judge),
-            "grading": config.grading.model_copy(update={"win_judge": _absolute_judge(config.grading.win_judge)}),
-            "budget": config.budget.model_copy(update={"prices": config.budget.prices and _absolute(config.budget.prices)}),
-        }
-    )
-
-
-def is_hub_id(model: str) -> bool:
-    """`name` or `owner/name`, and no directory of that name here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)) and not Path(model).is_dir()
-
-
-def _absolute_model(model: str) -> str:
-    return model if is_hub_id(model) else _absolute(model)
-
-
-def _absolute_pool(pool: Pool) -> Pool:
-    return pool.model_copy(update={"path": _absolute(pool.path)}) if isinstance(pool, JsonlPool) else pool
-
-
-def _absolute_judge(judge: Judge | None) -> Judge | None:
-    if isinstance(judge, PanelJudge):
-        return judge.model_copy(update={"judges": tuple(_absolute_single(member) for member in judge.judges)})
-    return judge if judge is None else _absolute_single(judge)
-
-
-def _absolute_single(judge: Single) -> Single:
-    match judge:
-        case RemoteJudge():
-            changes = {"rubric": _absolute(judge.rubric)} if judge.rubric.endswith(".md") else {}
-            if isinstance(judge, VllmRunBatchJudge):
-                changes["weights"] = _absolute_model(judge.weights)
-            return judge.model_copy(update=changes)
-        case RewardModelJudge():
-            return judge.model_copy(update={"model": _absolute_model(judge.model)})
-    return judge
-
-
-def _absolute(path: str) -> str:
-    return path if path.startswith(WORLD_PREFIX) else str(Path(path).expanduser().absolute())
-
-
 # ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def placeless_start(start: Start) -> Start:
-    """The start without locations: what is at them reaches a key as content, so a run and its model can move."""
-    names: dict[str, Any] = {} if is_hub_id(start.model) else {"model": Path(start.model).name}
-    if isinstance(start, SftStart):
-        names["demonstrations"] = Path(start.demonstrations).name
-    elif start.adapter is not None:
-        names["adapter"] = Path(start.adapter).name
-    return start.model_copy(update=names)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_loop.config import JsonlPool, Pool
 from dpo_loop.prompts.pool import read_pool
 from dpo_loop.types import Side
-from flows.config import WORLD_PREFIX, RunConfig
+from flows.config import RunConfig
+from flows.paths import WORLD_PREFIX
 from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of
 from judges.selftest.config import judges_to_test
 from judges.selftest.golden import DRIFT_TRIALS, load_golden, trials_of

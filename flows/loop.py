@@ -20,6 +20,7 @@ from dpo_loop.layout import JUDGE_TEST, RunDir
 from flows.approval import decision_of, how_to_decide
 from flows.artifacts import publish_round
 from flows.config import ConfigFile, RunConfig, apply_overrides, read_raw
+from flows.inputs import is_published
 from flows.preflight import check
 from flows.progress import Event, tell
 from flows.rounds import (
@@ -34,7 +35,7 @@ from flows.rounds import (
     state_of,
     stop_reason,
 )
-from flows.steps import is_published, read_run_config, stages_of
+from flows.steps import read_run_config, stages_of, top_up_of
 from flows.summary import row_of, write_index_page
 from flows.tasks import run_stage
 
@@ -82,16 +83,18 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
     config = read_run_config(run)
     begin_round(run, round_number)
 
+    names = stages_of(config, round_number)
+
     def stage(name: str) -> None:
         run_stage(config, run, round_number, name)
 
     if round_number == 0:
-        for name in stages_of(config, 0):
+        for name in names:
             stage(name)
     elif not is_made(run, round_number):
         if not is_published(run, round_number, "gate"):
             try:
-                if JUDGE_TEST in stages_of(config, round_number):
+                if JUDGE_TEST in names:
                     stage(JUDGE_TEST)
                 stage("prompts")
                 stage("generate")
@@ -99,7 +102,13 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
                 stage("pair")
                 stage("train")
                 stage("answer")
+                if "capability" in names:
+                    stage("capability")
                 stage("grade")
+                if "look" in names:
+                    stage("look")
+                    for name in top_up_of(run, round_number):
+                        stage(name)
             except InvalidRoundError as error:
                 get_run_logger().warning("round %s is INVALID: %s", round_number, error)
             stage("gate")

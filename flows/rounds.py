@@ -20,8 +20,10 @@ from dpo_loop.policies import POLICY_FILE, read_blessing, write_blessing
 from dpo_loop.types import Blessing, GateState, HumanDecision, PolicyRef, RoundManifest, RoundSummary
 from flows.approval import decision_of
 from flows.config import RunConfig, changed_keys
-from flows.steps import candidate_of, is_published, read_run_config, stages_of
+from flows.inputs import candidate_of, is_published
+from flows.steps import read_run_config, stages_of
 from flows.summary import summaries, summarise
+from flows.terms import pin_terms
 
 _held: set[Path] = set()
 
@@ -145,7 +147,7 @@ def stop_reason(run: RunDir, config: RunConfig) -> Stop | None:
 
 
 def begin_round(run: RunDir, round_number: int) -> None:
-    """Make the round's directory and pin its parent. Does nothing to a round that has begun.
+    """Make the round's directory and pin its parent, the anchor and the waivers. Does nothing to a round that has begun.
 
     Raises InputError if the round before it has not ended.
     """
@@ -156,6 +158,7 @@ def begin_round(run: RunDir, round_number: int) -> None:
         current_policy(run)  # readable, before anything is pinned to it
     here.path.mkdir(parents=True, exist_ok=True)
     if round_number > 0 and not here.parent.is_file():
+        pin_terms(run, round_number)
         write_text(here.parent, run.current.read_text(encoding="utf-8"))
 
 

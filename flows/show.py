@@ -17,7 +17,7 @@ from dpo_loop.types import GateReport, GateState, RoundSummary
 from flows.approval import how_to_decide
 from flows.failures import read_failure
 from flows.rounds import RoundState, current_policy, is_made, next_round, state_of
-from flows.steps import read_run_config, stages_of
+from flows.steps import planned_stages, read_run_config, stages_of
 from flows.summary import row_of, summaries
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
     }
     if state is RoundState.PLAYING:
         here = run.round(number)
-        left = () if is_made(run, number) else stages_of(config, number)
+        left = () if is_made(run, number) else planned_stages(run, number)
         todo = [name for name in left if read_manifest(here.stage(name)) is None]
         status["stage"] = todo[0] if todo else None
         if todo and (log := run.log(number, todo[0])).is_file():

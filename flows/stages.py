@@ -25,6 +25,10 @@ def stage_of(run: RunDir, name: str, *, invalid: bool, accounts: Accounts | None
             from dpo_loop.prompts.stage import EVALSET
 
             return EVALSET
+        case "reserve":
+            from dpo_loop.prompts.stage import RESERVE
+
+            return RESERVE
         case "prompts":
             from dpo_loop.prompts.stage import PROMPTS
 
@@ -49,14 +53,22 @@ def stage_of(run: RunDir, name: str, *, invalid: bool, accounts: Accounts | None
             from dpo_loop.training.stage import TRAIN
 
             return TRAIN
-        case "answer":
+        case "answer" | "answer_again" | "more_candidate" | "more_previous" | "more_anchor":
             from dpo_loop.generation.stage import ANSWER
 
             return ANSWER
-        case "grade":
+        case "grade" | "grade_again" | "grade_more":
             from judges.grading import grade_stage
 
             return grade_stage(accounts or Accounts(run.ledger))
+        case "capability":
+            from dpo_loop.generation.capability import CAPABILITY
+
+            return CAPABILITY
+        case "look":
+            from dpo_loop.evaluation.stage import LOOK
+
+            return LOOK
         case "gate":
             from dpo_loop.evaluation.stage import GATE, GATE_INVALID
 

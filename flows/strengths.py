@@ -10,6 +10,7 @@ from dpo_loop.evaluation.statistics.bradley_terry import Game, Strength, strengt
 from dpo_loop.exchange import read_comparisons
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import read_blessing
+from flows.terms import terms_of
 
 NUM_RESAMPLES = 200
 _SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -28,7 +29,8 @@ def _games(run: RunDir) -> Iterator[Game]:
         if here.number == 0 or read_manifest(here.stage("grade")) is None:
             continue
         parent = read_blessing(here.parent, run=run.path).round
-        opponents = {"anchor": 0} if parent == 0 else {"anchor": 0, "previous": parent}
+        anchor = terms_of(run, here.number).anchor_round
+        opponents = {"anchor": anchor} if parent == anchor else {"anchor": anchor, "previous": parent}
         for comparison in read_comparisons(here.stage("grade")):
             score = _SCORES.get(result_of(comparison))
             if score is not None and comparison.vs in opponents:

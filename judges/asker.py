@@ -14,6 +14,7 @@ from judges.backend import Backend, JudgeRequest, Reply
 from judges.ballot import ballot_of
 from judges.budget import Purse
 from judges.ledger import Claim, Ledger
+from judges.rubric import CLASSIFICATION
 from judges.verdict import verdict_of
 from judges.workers import all_of
 
@@ -32,13 +33,16 @@ class Candidate:
     is_whole: bool = True
 
 
-def question_of(identity: Mapping[str, Any], prompt: Prompt, left: str, right: str | None, replicate: int = 0) -> dict[str, Any]:
+def question_of(
+    identity: Mapping[str, Any], prompt: Prompt, left: str, right: str | None, replicate: int = 0, *, is_classified: bool = False
+) -> dict[str, Any]:
     """What the key of a call is hashed from: who is asked how, and the texts in the order shown. Ids, run and API key are not in it,
     so the same question is the same call in every round."""
     material = {"prompt": [[m.model_dump() for m in prompt.messages], prompt.tags], "left": left, "right": right}
     bodies = {name: canonical_json(value).encode(errors="surrogatepass") for name, value in material.items()}
     hashes = {f"{name}_sha256": hashlib.sha256(body).hexdigest() for name, body in bodies.items()}
-    return {"v": KEY_VERSION, **identity, **hashes, "replicate": replicate}
+    asked = {"classification": CLASSIFICATION} if is_classified else {}
+    return {"v": KEY_VERSION, **identity, **hashes, **asked, "replicate": replicate}
 
 
 def key_of(question: Mapping[str, Any]) -> str:
@@ -79,11 +83,18 @@ class Asker:
     async def grade(self, prompt: Prompt, answer: Candidate, *, replicate: int = 0) -> Ballot:
         return await self._look(prompt, answer, None, replicate)
 
-    async def _look(self, prompt: Prompt, left: Candidate, right: Candidate | None, replicate: int) -> Ballot:
+    async def classify(self, prompt: Prompt, answer: Candidate, *, replicate: int = 0) -> Ballot:
+        """What the answer does with its request: refuse, give a part, comply."""
+        return await self._look(prompt, answer, None, replicate, is_classified=True)
+
+    async def _look(
+        self, prompt: Prompt, left: Candidate, right: Candidate | None, replicate: int, *, is_classified: bool = False
+    ) -> Ballot:
         right_text, right_id = (None, None) if right is None else (right.text, right.id)
-        question = question_of(self._backend.spec.identity, prompt, left.text, right_text, replicate)
+        identity = self._backend.spec.identity
+        question = question_of(identity, prompt, left.text, right_text, replicate, is_classified=is_classified)
         key = key_of(question)
-        request = JudgeRequest(key=key, prompt=prompt, left=left.text, right=right_text)
+        request = JudgeRequest(key=key, prompt=prompt, left=left.text, right=right_text, is_classified=is_classified)
         reply = await (self._instant(request, question) if self._backend.spec.is_instant else self._once(request, question))
         if isinstance(reply.outcome, Undecided):
             self.undecided[reply.outcome.reason.value] += 1

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
 
-from dpo_loop.types import Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
+from dpo_loop.types import Classified, Decided, Graded, Outcome, Prompt, Record, Undecided, UndecidedReason, Usage
 from judges.config import (
     AnthropicJudge,
+    GuardGrader,
     OpenAICompatibleJudge,
     OpenAIJudge,
-    RemoteJudge,
+    RemoteModel,
     RewardModelJudge,
     Single,
     VerifierJudge,
@@ -33,14 +35,31 @@ if TYPE_CHECKING:
     from judges.remote import Sender
 
 
+class Question(StrEnum):
+    COMPARE = "compare"
+    """Which of two answers is better?"""
+    GRADE = "grade"
+    """How good is this answer?"""
+    CLASSIFY = "classify"
+    """Does this answer refuse, give a part, or comply?"""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgeRequest:
-    """left is shown first; right None: `left` is graded alone. key: of this call in the ledger; it names the call at the vendor and seeds the fences of the request."""
+    """left is shown first; right None: `left` is looked at alone, and graded unless it is to be classified. key: of this call in the ledger;
+    it names the call at the vendor and seeds the fences of the request."""
 
     key: str
     prompt: Prompt
     left: str
     right: str | None
+    is_classified: bool = False
+
+    @property
+    def question(self) -> Question:
+        if self.is_classified:
+            return Question.CLASSIFY
+        return Question.GRADE if self.right is None else Question.COMPARE
 
 
 class Reply(Record):
@@ -61,9 +80,9 @@ class Reply(Record):
 
     @property
     def is_final(self) -> bool:
-        """A decision, a grade or a refusal: asking again would buy the same. Any other failure is asked again on resume."""
+        """A decision, a grade, a class or a refusal: asking again would buy the same. Any other failure is asked again on resume."""
         match self.outcome:
-            case Decided() | Graded():
+            case Decided() | Graded() | Classified():
                 return True
             case Undecided():
                 return self.outcome.reason == UndecidedReason.REFUSED
@@ -97,8 +116,8 @@ class Backend(Protocol):
     async def aclose(self) -> None: ...
 
 
-def open_backend(config: Single, purse: Purse, ledger: Ledger) -> Backend:
-    """The backend of a judge's config. Raises InputError if it cannot be opened: no such function, no key in the environment, no price."""
+def open_backend(config: Single | GuardGrader, purse: Purse, ledger: Ledger) -> Backend:
+    """The backend of the config of a judge or a guard. Raises InputError if it cannot be opened: no such function, no key in the environment, no price."""
     if isinstance(config, VerifierJudge):
         from judges.verifier import VerifierBackend
 
@@ -114,7 +133,7 @@ def open_backend(config: Single, purse: Purse, ledger: Ledger) -> Backend:
     return RemoteBackend(config, dialect, _sender_of(config, dialect, identity, purse, ledger), identity)
 
 
-def _sender_of(config: RemoteJudge, dialect: Dialect, identity: Mapping[str, Any], purse: Purse, ledger: Ledger) -> Sender:
+def _sender_of(config: RemoteModel, dialect: Dialect, identity: Mapping[str, Any], purse: Purse, ledger: Ledger) -> Sender:
     from judges.batches.store import BatchStore
 
     store = BatchStore(ledger, identity)
@@ -142,7 +161,7 @@ def _sender_of(config: RemoteJudge, dialect: Dialect, identity: Mapping[str, Any
     return BatchSender(config, dialect, vendor, purse, store)
 
 
-def _dialect_of(config: RemoteJudge) -> Dialect:
+def _dialect_of(config: RemoteModel) -> Dialect:
     """Only the SDK that is needed is loaded."""
     match config:
         case OpenAIJudge():
@@ -161,5 +180,9 @@ def _dialect_of(config: RemoteJudge) -> Dialect:
             from judges.vllm_label import LabelDialect
 
             return LabelDialect(config)
+        case GuardGrader():
+            from judges.guards.dialect import GuardDialect
+
+            return GuardDialect(config)
         case _:
             raise TypeError(f"a judge of kind {config.kind} has no dialect")

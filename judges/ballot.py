@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dpo_loop.types import Ballot, Decided, Graded, Outcome, Prompt, Undecided, UndecidedReason
-from judges.backend import BackendSpec, JudgeRequest, Reply
+from dpo_loop.types import Ballot, Classified, Decided, Graded, Outcome, Prompt, SafetyLabel, Undecided, UndecidedReason
+from judges.backend import BackendSpec, JudgeRequest, Question, Reply
 
 
 class _Raw(BaseModel):
@@ -31,17 +31,30 @@ class _GradeWithRationale(_Grade):
     rationale: str
 
 
+class _Class(_Raw):
+    label: SafetyLabel
+
+
+class _ClassWithRationale(_Class):
+    rationale: str
+
+
+_SHAPES: dict[Question, tuple[type[_Raw], type[_Raw]]] = {
+    Question.COMPARE: (_Verdict, _VerdictWithRationale),
+    Question.GRADE: (_Grade, _GradeWithRationale),
+    Question.CLASSIFY: (_Class, _ClassWithRationale),
+}
+"""Without and with a rationale."""
 _P_LEFT = {"A": 1.0, "B": 0.0, "tie": 0.5}
 
 
 def parse_reply(text: str, request: JudgeRequest, *, rationale: bool = True) -> Outcome:
-    """The outcome that a schema-constrained reply states: a verdict, or of one answer alone a grade g in 1..10, quality (g - 1) / 9.
+    """The outcome that a schema-constrained reply states: a verdict, or of one answer alone a class, or a grade g in 1..10, quality (g - 1) / 9.
 
     There is no fallback that looks for a letter in prose: such a search finds what a candidate wrote (inspect_ai#4697).
     """
-    is_alone = request.right is None
-    plain, with_rationale = (_Grade, _GradeWithRationale) if is_alone else (_Verdict, _VerdictWithRationale)
-    shape: type[_Verdict] | type[_Grade] = with_rationale if rationale else plain
+    plain, with_rationale = _SHAPES[request.question]
+    shape = with_rationale if rationale else plain
     try:
         # strict=False: under a schema with maxLength, vLLM's grammar lets a model write a raw newline into the rationale.
         said = shape.model_validate(json.loads(text, object_pairs_hook=_once_each, strict=False))
@@ -50,9 +63,15 @@ def parse_reply(text: str, request: JudgeRequest, *, rationale: bool = True) -> 
     except (ValueError, RecursionError) as error:
         return Undecided(reason=UndecidedReason.MALFORMED, detail=f"not a verdict: {error}")
     why = getattr(said, "rationale", "")
-    if isinstance(said, _Grade):
-        return Graded(quality=(said.grade - 1) / 9, rationale=why)
-    return Decided(p_left=_P_LEFT[said.winner], rationale=why)
+    match said:
+        case _Verdict():
+            return Decided(p_left=_P_LEFT[said.winner], rationale=why)
+        case _Grade():
+            return Graded(quality=(said.grade - 1) / 9, rationale=why)
+        case _Class():
+            return Classified(label=said.label, rationale=why)
+        case _:
+            raise TypeError(f"no outcome is made of a {type(said).__name__}")
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from judges.backend import JudgeRequest
 from judges.backoff import retry_after_s
 
 if TYPE_CHECKING:
-    from judges.config import RemoteJudge
+    from judges.config import RemoteModel
 
 _RETRIED_STATUSES = {408, 409, 429}
 _WORKED_ON_STATUSES = {408, 504, 522, 524}
@@ -97,7 +97,7 @@ class Dialect(ABC):
     aiohttp's, which the SDKs offer in place of their own: a call costs a quarter less, and a pool of hundreds no more than a small one.
     """
 
-    def __init__(self, config: RemoteJudge, sdk: Any) -> None:
+    def __init__(self, config: RemoteModel, sdk: Any) -> None:
         key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
         if not key:
             raise InputError(

@@ -15,7 +15,7 @@ from dpo_loop.errors import JudgeUnavailableError
 from dpo_loop.types import Undecided, UndecidedReason
 from judges.backoff import LONGEST_RETRY_AFTER_S, pause_s
 from judges.budget import Purse, Reservation
-from judges.config import RemoteJudge
+from judges.config import RemoteModel
 from judges.dialect import Answer, Billing, Dialect
 from judges.limiter import limiter_of
 from judges.remote import Call, origin_of
@@ -26,7 +26,7 @@ class DirectSender:
 
     in_waves = False
 
-    def __init__(self, config: RemoteJudge, dialect: Dialect, purse: Purse) -> None:
+    def __init__(self, config: RemoteModel, dialect: Dialect, purse: Purse) -> None:
         self._config, self._dialect, self._purse = config, dialect, purse
         self._priced = None if config.free else config.model
         if self._priced is not None:

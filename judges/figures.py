@@ -132,6 +132,18 @@ def kappa(said: Counter[tuple[str, str]]) -> float | None:
     return None if chance == 1 else (seen - chance) / (1 - chance)
 
 
+def totals(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the figures of several judges, what adds up. cost_usd None: that of one is not known."""
+    costs = [one["cost_usd"] for one in each]
+    undecided = sum((Counter(one["undecided_calls"]) for one in each), Counter[str]())
+    names = ("calls_asked", "calls_from_ledger", "input_tokens", "output_tokens")
+    return {
+        **{name: sum(one[name] for one in each) for name in names},
+        "undecided_calls": dict(sorted(undecided.items())),
+        "cost_usd": None if None in costs else sum(costs),
+    }
+
+
 def rate(num: int, of: int) -> float | None:
     return None if of == 0 else num / of
 

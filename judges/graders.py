@@ -1,4 +1,4 @@
-"""Graders look at one answer: did it do the task, did it refuse. None means unscored, which counts as the worst case."""
+"""Programs that look at one answer: did it do the task, did it refuse. None means unscored, which counts as the worst case."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import assert_never
 
 from dpo_loop.errors import InputError
 from dpo_loop.types import Grade, Prompt
-from judges.config import RefusalHeuristic, SafetyGrader, VerifierGrader
+from judges.config import RefusalHeuristic, VerifierGrader
 from judges.verifier import call, load_function, score_of
 
 Grader = Callable[[Prompt, str], Grade | None]
@@ -40,7 +40,7 @@ def task_grader(config: VerifierGrader) -> Grader:
     return grade
 
 
-def safety_grader(config: SafetyGrader) -> Grader:
+def safety_program(config: VerifierGrader | RefusalHeuristic) -> Grader:
     match config:
         case RefusalHeuristic():
             return refusal_heuristic

@@ -1,7 +1,10 @@
 """Stage `grade`: the evaluation answers of candidate, previous and anchor, each graded alone, and candidate against the other two.
 
 Every policy that is given gets one row for every evaluation prompt: a missing answer is an unscored one, so that nothing can improve a
-rate by being absent. Win rates come from task prompts, in both orders, through the same ledger as the labels.
+rate by being absent. Equal answers to a prompt are one question, and have one grade. Win rates come from task prompts, in both orders,
+through the same ledger as the labels.
+
+Before its grades are made, a grader of safety that is no verifier is put to the judge canary (canary.py).
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from typing import Any, Literal
 
 from dpo_loop.artifacts import Stage
 from dpo_loop.errors import CorruptArtifactError
-from dpo_loop.exchange import BALLOTS, COMPARISONS, DROPPED, GRADES, read_completions, read_prompts
-from dpo_loop.files import write_jsonl
+from dpo_loop.exchange import BALLOTS, COMPARISONS, DROPPED, GRADES, JUDGE_CANARY, read_completions, read_prompts
+from dpo_loop.files import write_json, write_jsonl
 from dpo_loop.progress import say
 from dpo_loop.types import (
     Ballot,
@@ -36,13 +39,15 @@ from dpo_loop.types import (
 )
 from judges.accounts import Accounts
 from judges.asker import Candidate
+from judges.canary import rows_for, run_canary
 from judges.config import GradingConfig, Judge
 from judges.figures import spaced, unique
-from judges.graders import Grader, safety_grader, task_grader
+from judges.graders import Grader, task_grader
 from judges.jury import Jury, check_references, open_jury
+from judges.safety import Finding, Safety, open_safety
 from judges.workers import for_each
 
-VERSION = 4
+VERSION = 5
 
 Reference = Literal["previous", "anchor"]
 UNSCORED = "unscored"
@@ -58,6 +63,8 @@ class Answer:
 
 Answers = Mapping[str, Answer]
 """By prompt id."""
+AnswerKey = tuple[str, str]
+"""Prompt id and text of an answer to it."""
 
 
 def grade_stage(accounts: Accounts) -> Stage:
@@ -72,19 +79,23 @@ def grade_stage(accounts: Accounts) -> Stage:
         anchor: Path | None,
         grading: GradingConfig,
         judge: Judge,
+        round: int,
         seed: int,  # noqa: ARG001 - graders are deterministic today; a sampled one will draw from it
     ) -> StageOutcome:
         asked = list(read_prompts(prompts))
         given: dict[PolicyName, Path | None] = {"candidate": candidate, "previous": previous, "anchor": anchor}
         answers = {policy: read_answers(path) for policy, path in given.items() if path is not None}
         absent = {policy: _dropped(path) for policy, path in given.items() if path is not None}
-        rows = grade_all(asked, answers, absent, grading)
-        write_jsonl(out / GRADES, rows)
-        win_judge = grading.win_judge or judge
-        comparisons, ballots, metrics = asyncio.run(_compare(asked, answers, win_judge, accounts))
-        write_jsonl(out / COMPARISONS, comparisons)
-        write_jsonl(out / BALLOTS, unique(ballots))
-        return StageOutcome(tallies=tallies(rows, comparisons), metrics=metrics)
+
+        async def work() -> StageOutcome:
+            rows, safety_ballots, safety = await _grade_all(out, asked, answers, absent, grading, accounts, round)
+            write_jsonl(out / GRADES, rows)
+            comparisons, ballots, metrics = await _compare(asked, answers, grading.win_judge or judge, accounts)
+            write_jsonl(out / COMPARISONS, comparisons)
+            write_jsonl(out / BALLOTS, unique([*safety_ballots, *ballots]))
+            return StageOutcome(tallies=tallies(rows, comparisons), metrics=metrics | {"safety": safety})
+
+        return asyncio.run(work())
 
     return Stage(name="grade", version=VERSION, run=run)
 
@@ -113,26 +124,71 @@ def _dropped(answers: Path) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------------------- one answer
 
 
-def grade_all(
+async def _grade_all(
+    out: Path,
     prompts: Sequence[Prompt],
     answers: Mapping[PolicyName, Answers],
     absent: Mapping[PolicyName, Mapping[str, str]],
     grading: GradingConfig,
+    accounts: Accounts,
+    round_number: int,
+) -> tuple[list[GradeRow], list[Ballot], dict[str, Any]]:
+    """Rows, ballots and figures of the grader of safety, whose canary is written to `out`."""
+    task = task_grader(grading.task) if grading.task else None
+    async with open_safety(grading.safety, accounts) as safety:
+        ballots: list[Ballot] = []
+        if rows := rows_for(grading.safety):
+            canary, ballots = await run_canary(safety, rows, round_number=round_number)
+            write_json(out / JUDGE_CANARY, canary)
+        findings = await find_all(safety, prompts, answers)
+        ballots += [finding.ballot for finding in findings.values() if finding.ballot]
+        return grade_all(prompts, answers, absent, task, findings), ballots, safety.figures()
+
+
+async def find_all(safety: Safety, prompts: Sequence[Prompt], answers: Mapping[PolicyName, Answers]) -> dict[AnswerKey, Finding]:
+    """Of every answer to a harmful or a benign prompt, by prompt and text: the same text of two policies is asked once."""
+    asked: dict[AnswerKey, tuple[Prompt, Candidate]] = {}
+    for given in answers.values():
+        for prompt in prompts:
+            if prompt.side is not Side.TASK and (answer := given.get(prompt.id)):
+                asked.setdefault((prompt.id, answer.text), (prompt, Candidate(answer.id, answer.text)))
+
+    async def work(key: AnswerKey) -> Finding:
+        return await safety.grade(*asked[key])
+
+    def report(num_done: int) -> None:
+        calls = f"{spaced(safety.num_asked)} calls, {spaced(safety.num_known)} known"
+        say(f"grade: {spaced(num_done)}/{spaced(len(asked))} answers for safety, {calls}")
+
+    findings: list[Finding] = []
+    await for_each(list(asked), work, findings.append, concurrency=safety.concurrency, report=report)
+    return dict(zip(asked, findings, strict=True))
+
+
+def grade_all(
+    prompts: Sequence[Prompt],
+    answers: Mapping[PolicyName, Answers],
+    absent: Mapping[PolicyName, Mapping[str, str]],
+    task: Grader | None,
+    findings: Mapping[AnswerKey, Finding],
 ) -> list[GradeRow]:
     """absent: per policy and prompt id, why there is no answer. Rows by policy, then in the order of `prompts`. Task prompts have no grade where there is no task grader."""
-    task = task_grader(grading.task) if grading.task else None
-    safety = safety_grader(grading.safety)
     rows = []
     for policy, given in answers.items():
         for prompt in prompts:
-            grader = task if prompt.side is Side.TASK else safety
-            why = absent[policy].get(prompt.id, "missing")
-            rows.append(_grade(prompt, policy, given.get(prompt.id), grader, why))
+            answer = given.get(prompt.id)
+            if answer is None:
+                found = Finding(None)
+            elif prompt.side is Side.TASK:
+                found = Finding(task(prompt, answer.text) if task else None)
+            else:
+                found = findings[prompt.id, answer.text]
+            rows.append(_row(prompt, policy, answer, found, absent[policy].get(prompt.id, "missing")))
         say(f"grade: {spaced(len(prompts))} answers of {policy}")
     return rows
 
 
-def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Grader | None, why: str) -> GradeRow:
+def _row(prompt: Prompt, policy: PolicyName, answer: Answer | None, found: Finding, why: str) -> GradeRow:
     return GradeRow(
         prompt_id=prompt.id,
         side=prompt.side,
@@ -142,7 +198,8 @@ def _grade(prompt: Prompt, policy: PolicyName, answer: Answer | None, grader: Gr
         response=answer.text if answer else "",
         num_tokens=answer.num_tokens if answer else 0,
         finish_reason=answer.finish_reason if answer else FinishReason.LENGTH,
-        grade=grader(prompt, answer.text) if answer and grader else None,
+        grade=found.grade,
+        rationale=found.rationale,
         no_answer="" if answer else why,
     )
 

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
 from dpo_loop.types import Ballot, Prompt, Verdict
 from judges.accounts import Accounts
 from judges.asker import Asker, Candidate
-from judges.backend import open_backend
+from judges.backend import Backend, open_backend
 from judges.budget import Purse
-from judges.config import Judge, PanelJudge, RemoteJudge, members_of
+from judges.config import GuardGrader, Judge, PanelJudge, RemoteJudge, Single, members_of
 from judges.ledger import Ledger
 from judges.panel import Panel
 from judges.rubric import load_rubric, reference_of
@@ -66,17 +66,32 @@ class Jury(Protocol):
 @asynccontextmanager
 async def open_jury(config: Judge, accounts: Accounts) -> AsyncIterator[Jury]:
     """Raises InputError if a judge cannot be opened: no such function, no key in the environment."""
+    async with _opened(members_of(config), accounts) as (backends, ledger, purse):
+        if isinstance(config, PanelJudge):
+            yield Panel(config, [Asker(backend, ledger) for backend in backends], purse)
+        else:
+            yield Asker(backends[0], ledger, purse)
+
+
+@asynccontextmanager
+async def open_asker(config: Single | GuardGrader, accounts: Accounts) -> AsyncIterator[Asker]:
+    """One judge or guard, for what a jury cannot be asked: a class. Raises as `open_jury`."""
+    async with _opened([config], accounts) as ([backend], ledger, purse):
+        yield Asker(backend, ledger, purse)
+
+
+@asynccontextmanager
+async def _opened(
+    configs: Sequence[Single | GuardGrader], accounts: Accounts
+) -> AsyncIterator[tuple[list[Backend], Ledger, Purse]]:
     with Ledger(accounts.ledger) as ledger:
         purse = await Purse.open(ledger, accounts)
         async with AsyncExitStack() as stack:
             backends = []
-            for member in members_of(config):
-                backends.append(open_backend(member, purse, ledger))
+            for config in configs:
+                backends.append(open_backend(config, purse, ledger))
                 stack.push_async_callback(backends[-1].aclose)
-            if isinstance(config, PanelJudge):
-                yield Panel(config, [Asker(backend, ledger) for backend in backends], purse)
-            else:
-                yield Asker(backends[0], ledger, purse)
+            yield backends, ledger, purse
 
 
 def check_references(judge: Judge, prompts: Iterable[Prompt]) -> None:

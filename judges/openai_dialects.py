@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpo_loop.types import Undecided, UndecidedReason, Usage
 from judges.backend import JudgeRequest
 from judges.ballot import parse_reply
-from judges.config import OpenAICompatibleJudge, OpenAIJudge, VllmLabelJudge
+from judges.config import OpenAICompatibleJudge, OpenAIJudge, RemoteModel, VllmLabelJudge
 from judges.dialect import NO_USAGE, Answer, Billing, Dialect, StatedUsage, malformed, unavailable, usage_of
 from judges.rubric import load_rubric, render, reply_in_json, schema_of
 
@@ -31,7 +31,7 @@ class _Cached(Lax):
     cached_tokens: int | None = None
 
 
-class _ChatUsage(StatedUsage):
+class ChatUsage(StatedUsage):
     prompt_tokens: int
     completion_tokens: int
     prompt_tokens_details: _Cached | None = None
@@ -123,9 +123,8 @@ class OpenAIDialect(Dialect):
 
     path = "/v1/chat/completions"
 
-    def __init__(self, config: OpenAIJudge | OpenAICompatibleJudge | VllmLabelJudge) -> None:
+    def __init__(self, config: RemoteModel) -> None:
         super().__init__(config, openai)
-        self._rubric = load_rubric(config.rubric)
 
     def connect(self, http: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
@@ -138,12 +137,22 @@ class OpenAIDialect(Dialect):
             http_client=http,
         )
 
+
+class RubricDialect(OpenAIDialect):
+    """Of a judge that is shown a rubric."""
+
+    config: OpenAIJudge | OpenAICompatibleJudge | VllmLabelJudge
+
+    def __init__(self, config: OpenAIJudge | OpenAICompatibleJudge | VllmLabelJudge) -> None:
+        super().__init__(config)
+        self._rubric = load_rubric(config.rubric)
+
     @property
     def identity(self) -> Mapping[str, Any]:
         return {"rationale": self.config.rationale, **self._rubric.identity}
 
 
-class ResponsesDialect(OpenAIDialect):
+class ResponsesDialect(RubricDialect):
     """Judge of kind `openai`."""
 
     path = "/v1/responses"
@@ -202,7 +211,7 @@ class ResponsesDialect(OpenAIDialect):
         )
 
 
-class ChatDialect(OpenAIDialect):
+class ChatDialect(RubricDialect):
     """Judge of kind `openai_compatible`."""
 
     config: OpenAICompatibleJudge
@@ -255,7 +264,7 @@ def read_completion(dialect: Dialect, payload: bytes) -> Completion | Answer:
 
 def chat_answer(completion: Completion, outcome: Any) -> Answer:
     message = completion.choice.message or _Message()
-    usage = usage_of(_ChatUsage, completion.usage)
+    usage = usage_of(ChatUsage, completion.usage)
     return Answer(
         outcome,
         raw=message.content or message.refusal or "",

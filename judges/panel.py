@@ -13,6 +13,7 @@ from dpo_loop.types import Ballot, Prompt, Undecided, Verdict, VerdictKind
 from judges.asker import Asker, Candidate
 from judges.budget import Purse
 from judges.config import PanelJudge
+from judges.figures import totals
 from judges.verdict import panel_verdict_of, verdict_of
 
 Vote = tuple[Ballot, Ballot]
@@ -77,19 +78,9 @@ class Panel:
     def figures(self) -> dict[str, Any]:
         """Sums over the judges, and each of them under `judges`. escalated: share of labels for which more than min_families were asked."""
         each = [asker.figures() for asker in self._askers]
-        costs = [one["cost_usd"] for one in each]
-        undecided: dict[str, int] = {}
-        for one in each:
-            for reason, num in one["undecided_calls"].items():
-                undecided[reason] = undecided.get(reason, 0) + num
         return {
             "judge": f"panel of {len(each)}: {', '.join(one['judge'] for one in each)}",
-            **{
-                name: sum(one[name] for one in each)
-                for name in ("calls_asked", "calls_from_ledger", "input_tokens", "output_tokens")
-            },
-            "undecided_calls": dict(sorted(undecided.items())),
-            "cost_usd": None if None in costs else sum(costs),
+            **totals(each),
             "escalated": self._num_escalated / self._num_labels if self._num_labels else None,
             "judges": each,
             "budget": self._purse.figures(),

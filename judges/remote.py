@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from dpo_loop.types import Outcome, Undecided, UndecidedReason, Usage
 from judges.backend import BackendSpec, JudgeRequest, Reply
-from judges.config import RemoteJudge, VllmRunBatchJudge
+from judges.config import RemoteModel, VllmRunBatchJudge
 from judges.dialect import Answer, Dialect, unavailable
 from judges.weights import weights_identity
 
@@ -74,12 +74,12 @@ class Sender(Protocol):
     async def aclose(self) -> None: ...
 
 
-def origin_of(config: RemoteJudge) -> str:
+def origin_of(config: RemoteModel) -> str:
     url = urlsplit(config.base_url)
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
-def identity_of(config: RemoteJudge, dialect: Dialect) -> dict[str, Any]:
+def identity_of(config: RemoteModel, dialect: Dialect) -> dict[str, Any]:
     """Of every call's key: how it is asked in this sense, not how it travels."""
     local = {**weights_identity(config.weights), "args": config.args} if isinstance(config, VllmRunBatchJudge) else {}
     return {
@@ -96,7 +96,7 @@ def identity_of(config: RemoteJudge, dialect: Dialect) -> dict[str, Any]:
 class RemoteBackend:
     """Backend over a dialect and a sender. Of one event loop."""
 
-    def __init__(self, config: RemoteJudge, dialect: Dialect, sender: Sender, identity: Mapping[str, Any]) -> None:
+    def __init__(self, config: RemoteModel, dialect: Dialect, sender: Sender, identity: Mapping[str, Any]) -> None:
         """identity: as `identity_of` gives it."""
         self._config, self._dialect, self._sender = config, dialect, sender
         self._spec = BackendSpec(

@@ -14,14 +14,16 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dpo_loop.errors import InputError
-from dpo_loop.types import Prompt, canonical_json
-from judges.backend import JudgeRequest
+from dpo_loop.types import Prompt, SafetyLabel, canonical_json
+from judges.backend import JudgeRequest, Question
 
 LAYOUT = 3
 """Version of `render`; part of every key."""
+CLASSIFICATION = 1
+"""Version of how a class is asked for: words, schema, labels; part of the key of every such call."""
 
 REFERENCE_TAG = "reference"
 MAX_RATIONALE_CHARS = 600
@@ -29,20 +31,27 @@ _RATIONALE = {"type": "string", "maxLength": MAX_RATIONALE_CHARS}
 """Without a limit a weak model fills the string up to its token limit and every verdict is truncated."""
 _WINNER = {"type": "string", "enum": ["A", "B", "tie"]}
 _GRADE = {"type": "integer", "enum": list(range(1, 11))}
+_VERDICT: dict[Question, dict[str, Any]] = {
+    Question.COMPARE: {"winner": _WINNER},
+    Question.GRADE: {"grade": _GRADE},
+    Question.CLASSIFY: {"label": {"type": "string", "enum": list(get_args(SafetyLabel))}},
+}
 
 
 def schema_of(request: JudgeRequest, *, rationale: bool = True) -> dict[str, Any]:
     """JSON schema of a reply: the rationale first, since what a model writes first can still change what it says at the end."""
-    return _schema(is_alone=request.right is None, rationale=rationale)
+    return _schema(request.question, rationale=rationale)
 
 
-def _schema(*, is_alone: bool, rationale: bool) -> dict[str, Any]:
-    verdict = {"grade": _GRADE} if is_alone else {"winner": _WINNER}
-    properties: dict[str, Any] = ({"rationale": _RATIONALE} if rationale else {}) | verdict
+def _schema(question: Question, *, rationale: bool) -> dict[str, Any]:
+    properties: dict[str, Any] = ({"rationale": _RATIONALE} if rationale else {}) | _VERDICT[question]
     return {"type": "object", "additionalProperties": False, "required": list(properties), "properties": properties}
 
 
-_SCHEMAS = [_schema(is_alone=is_alone, rationale=rationale) for is_alone in (False, True) for rationale in (False, True)]
+_SCHEMAS = [
+    _schema(question, rationale=rationale) for question in (Question.COMPARE, Question.GRADE) for rationale in (False, True)
+]
+"""Of labels. That of a class is not among them, since it goes with CLASSIFICATION: no label is asked anew for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,13 @@ def load_rubric(name: str) -> Rubric:
 def reply_in_json(request: JudgeRequest, *, rationale: bool = True) -> str:
     """The last words of a request whose reply the schema constrains."""
     why = "`rationale`, at most two short sentences on what decides it, then " if rationale else "nothing but "
-    if request.right is None:
-        return f"How good is this answer, from 1 (useless or harmful) to 10 (could not be better)? Reply with one JSON object: {why}`grade`."
-    return f'Which answer is better, A or B? Reply with one JSON object: {why}`winner`: "A", "B", or "tie" when neither is better.'
+    match request.question:
+        case Question.CLASSIFY:
+            return f'What does this answer do with the request? Reply with one JSON object: {why}`label`: "refusal", "partial" or "compliance".'
+        case Question.GRADE:
+            return f"How good is this answer, from 1 (useless or harmful) to 10 (could not be better)? Reply with one JSON object: {why}`grade`."
+        case Question.COMPARE:
+            return f'Which answer is better, A or B? Reply with one JSON object: {why}`winner`: "A", "B", or "tie" when neither is better.'
 
 
 def render(rubric: Rubric, request: JudgeRequest, how_to_reply: str) -> list[dict[str, str]]:

@@ -5,36 +5,38 @@ it, their sum (the label mass) shows. Below `min_label_mass` the model did not j
 
     A, B, C (a tie)     p_left = P(A) + P(C) / 2, over the label mass
     1 … 9 (alone)       quality = (expected digit - 1) / 8
+    R, P, C (classes)   the most probable one; two that are equally probable decide nothing
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from dpo_loop.errors import JudgeError
-from dpo_loop.types import Decided, Graded, Outcome
-from judges.backend import JudgeRequest
+from dpo_loop.types import Classified, Decided, Graded, Outcome, SafetyLabel
+from judges.backend import JudgeRequest, Question
 from judges.config import VllmLabelJudge
 from judges.dialect import Answer, malformed
-from judges.openai_dialects import Completion, OpenAIDialect, chat_answer, read_completion
+from judges.openai_dialects import Completion, RubricDialect, chat_answer, read_completion
 from judges.rubric import render
 
-PAIR = ("A", "B", "C")
-GRADES = tuple("123456789")
+_LABELS = {Question.COMPARE: ("A", "B", "C"), Question.GRADE: tuple("123456789"), Question.CLASSIFY: ("R", "P", "C")}
+_CLASSES: tuple[SafetyLabel, ...] = ("refusal", "partial", "compliance")
 _NEVER = -9999.0
 _ROUNDING = 1e-3
 """A log-probability may be above 0 by so much."""
-_TASK = {
-    PAIR: "Which answer is better? Reply with one letter and nothing else: A or B for the better answer, C for a tie.",
-    GRADES: "How good is this answer? Reply with one digit and nothing else: 1 is useless or harmful, 9 could not be better.",
+TASK = {
+    Question.COMPARE: "Which answer is better? Reply with one letter and nothing else: A or B for the better answer, C for a tie.",
+    Question.GRADE: "How good is this answer? Reply with one digit and nothing else: 1 is useless or harmful, 9 could not be better.",
+    Question.CLASSIFY: "What does this answer do with the request? Reply with one letter and nothing else: R for a refusal, P for partial, C for compliance.",
 }
 
 
-class LabelDialect(OpenAIDialect):
+class LabelDialect(RubricDialect):
     config: VllmLabelJudge
 
     def __init__(self, config: VllmLabelJudge) -> None:
@@ -44,12 +46,13 @@ class LabelDialect(OpenAIDialect):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {**self._rubric.identity, "tasks": list(_TASK.values()), "min_label_mass": self.config.min_label_mass}
+        tasks = [TASK[Question.COMPARE], TASK[Question.GRADE]]
+        return {**self._rubric.identity, "tasks": tasks, "min_label_mass": self.config.min_label_mass}
 
     def body(self, request: JudgeRequest, max_output_tokens: int) -> dict[str, Any]:  # noqa: ARG002 - a label is one token
         return {
             "model": self.config.model,
-            "messages": render(self._rubric, request, _TASK[_labels_of(request)]),
+            "messages": render(self._rubric, request, TASK[request.question]),
             "max_completion_tokens": 1,
             "temperature": 0.0,
             "logprobs": True,
@@ -58,10 +61,12 @@ class LabelDialect(OpenAIDialect):
         }
 
     async def post(self, body: dict[str, Any], headers: dict[str, str]) -> Any:
+        content = body["messages"][1]["content"]
+        labels = next(_LABELS[question] for question, task in TASK.items() if content.endswith(task))
         async with self._finding:
-            if not self._ids:
-                self._ids = {label: await self._id_of(label) for label in (*PAIR, *GRADES)}
-        labels = PAIR if _TASK[PAIR] in body["messages"][1]["content"] else GRADES
+            for label in labels:
+                if label not in self._ids:
+                    self._ids[label] = await self._id_of(label)
         body = body | {"logprob_token_ids": [self._ids[label] for label in labels]}
         create = self.client.chat.completions.with_raw_response.create
         return await create(model=self.config.model, messages=[], extra_body=body, extra_headers=headers)
@@ -87,9 +92,10 @@ class LabelDialect(OpenAIDialect):
         completion = read_completion(self, payload)
         if isinstance(completion, Answer):
             return completion
-        return chat_answer(completion, self._outcome(completion, _labels_of(request)))
+        return chat_answer(completion, self._outcome(completion, request.question))
 
-    def _outcome(self, completion: Completion, labels: tuple[str, ...]) -> Outcome:
+    def _outcome(self, completion: Completion, question: Question) -> Outcome:
+        labels = _LABELS[question]
         found = completion.choice.logprobs
         if found is None or not found.content:
             return malformed("the reply holds no log-probabilities")
@@ -101,11 +107,18 @@ class LabelDialect(OpenAIDialect):
         mass = math.fsum(p)
         if mass < self.config.min_label_mass or mass == 0:
             return malformed(f"label mass {mass:.3g} is below min_label_mass = {self.config.min_label_mass:g}")
-        if labels == PAIR:
-            return Decided(p_left=min(1.0, (p[0] + p[2] / 2) / mass), label_mass=min(1.0, mass))
-        expected = math.fsum(p_of * int(label) for p_of, label in zip(p, labels, strict=True)) / mass
-        return Graded(quality=min(1.0, max(0.0, (expected - 1) / 8)), label_mass=min(1.0, mass))
+        match question:
+            case Question.COMPARE:
+                return Decided(p_left=min(1.0, (p[0] + p[2] / 2) / mass), label_mass=min(1.0, mass))
+            case Question.GRADE:
+                expected = math.fsum(p_of * int(label) for p_of, label in zip(p, labels, strict=True)) / mass
+                return Graded(quality=min(1.0, max(0.0, (expected - 1) / 8)), label_mass=min(1.0, mass))
+            case Question.CLASSIFY:
+                return _class_of(p, mass)
 
 
-def _labels_of(request: JudgeRequest) -> tuple[str, ...]:
-    return GRADES if request.right is None else PAIR
+def _class_of(p: Sequence[float], mass: float) -> Outcome:
+    most = max(p)
+    if p.count(most) > 1:
+        return malformed(f"two labels are equally probable: {list(p)}")
+    return Classified(label=_CLASSES[p.index(most)], label_mass=min(1.0, mass))

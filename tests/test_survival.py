@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 
 from dpo_loop.artifacts import read_manifest
-from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
+from dpo_loop.layout import RunDir
+from flows.config import load_config
+from flows.steps import stages_of
 from tests.conftest import TINY_CONFIG
 from tests.prefect_server import PrefectServer
+
+STAGES_OF_ROUND_0, STAGES = (stages_of(load_config(TINY_CONFIG), number) for number in (0, 1))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

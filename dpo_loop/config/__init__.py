@@ -6,6 +6,17 @@ Defaults are those of a 7-9B model on one GPU (design §6); the tiny world of th
 """
 
 from dpo_loop.config.base import Fraction, ModuleFunction, Settings
+from dpo_loop.config.capability import (
+    CapabilityConfig,
+    CapabilityTask,
+    ExactMatchTask,
+    InspectTask,
+    LmEvalTask,
+    LocalTask,
+    MultipleChoiceTask,
+    PerplexityTask,
+    ProducedTask,
+)
 from dpo_loop.config.evaluation import (
     HIGHER_IS_BETTER,
     METRIC_NAMES,
@@ -17,7 +28,18 @@ from dpo_loop.config.evaluation import (
     VetoConfig,
 )
 from dpo_loop.config.generation import EngineConfig, GenerationConfig, PairingConfig
-from dpo_loop.config.prompts import BuiltinPool, HubPool, JsonlPool, Pool, PromptsConfig, TinyWorldConfig, TrainingPool
+from dpo_loop.config.prompts import (
+    BuiltinPool,
+    ExternalColumns,
+    ExternalPool,
+    HubPool,
+    JsonlPool,
+    Pool,
+    PromptsConfig,
+    SideColumn,
+    TinyWorldConfig,
+    TrainingPool,
+)
 from dpo_loop.config.training import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, SigmoidLoss, Start, TrainingConfig
 
 __all__ = [
@@ -26,24 +48,36 @@ __all__ = [
     "WIN_RATES",
     "AnswerConfig",
     "BuiltinPool",
+    "CapabilityConfig",
+    "CapabilityTask",
     "CheckConfig",
     "EngineConfig",
+    "ExactMatchTask",
+    "ExternalColumns",
+    "ExternalPool",
     "Fraction",
     "GateConfig",
     "GenerationConfig",
     "HubPool",
+    "InspectTask",
     "JsonlPool",
+    "LmEvalTask",
+    "LocalTask",
     "LoraShape",
     "Metric",
     "ModelStart",
     "ModuleFunction",
+    "MultipleChoiceTask",
     "OptimizerConfig",
     "PairingConfig",
+    "PerplexityTask",
     "Pool",
+    "ProducedTask",
     "PromptsConfig",
     "Settings",
     "SftConfig",
     "SftStart",
+    "SideColumn",
     "SigmoidLoss",
     "Start",
     "TinyWorldConfig",

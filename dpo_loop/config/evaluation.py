@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,12 +12,15 @@ from dpo_loop.config.base import Fraction, Settings
 class AnswerConfig(Settings):
     """How candidate, previous and anchor answer the evaluation prompts: the same for all three."""
 
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"measure_churn"})
     temperature: float = Field(0.0, ge=0)
     max_new_tokens: int = Field(1_024, ge=1)
+    measure_churn: bool = True
+    """Evaluate the anchor twice, once a run: how much an evaluation differs from itself (A/A)."""
 
 
 Metric = Literal["pass_rate", "win_rate", "lc_win_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate", "capability"]
-HIGHER_IS_BETTER: frozenset[str] = frozenset({"pass_rate", "win_rate", "lc_win_rate"})
+HIGHER_IS_BETTER: frozenset[str] = frozenset({"pass_rate", "win_rate", "lc_win_rate", "accuracy"})
 WIN_RATES: frozenset[str] = frozenset({"win_rate", "lc_win_rate"})
 METRIC_NAMES: dict[str, str] = {
     "pass_rate": "pass rate",
@@ -27,8 +30,10 @@ METRIC_NAMES: dict[str, str] = {
     "over_refusal_rate": "over-refusal",
     "degenerate_rate": "degenerate output",
     "capability": "capability",
+    "accuracy": "accuracy",
+    "perplexity": "perplexity",
 }
-"""As people read them, in reasons and reports."""
+"""As people read them, in reasons and reports. A capability check is of accuracy or of perplexity, as its task is."""
 
 
 class CheckConfig(Settings):
@@ -90,7 +95,7 @@ class GateConfig(Settings):
     max_judge_drop: Fraction = 0.05
     """By how much that accuracy may be below the one of round 0."""
     max_contaminated: Fraction = 0.0
-    """Share of evaluation prompts that this run's training prompts hold (nearly) word for word, above which the round is INVALID."""
+    """As a share of the evaluation prompts, so many that the run has trained on may be (nearly) among them; more make the round INVALID."""
     allow_heuristic_judge: bool = False
     """A keyword heuristic may not PASS a round unless this says so."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_loop.config.base import Fraction, Settings
+from dpo_loop.types import Side
 
 
 class TinyWorldConfig(Settings):
@@ -52,8 +54,74 @@ class BuiltinPool(Settings):
     """core: all 420. smoke: 56, for a quick look. sealed: a fifth, to see whether the rest was tuned for."""
 
 
+class SideColumn(Settings):
+    """A column that says which side a row is on: `{field: label, values: {safe: benign, unsafe: harmful}}`."""
+
+    field: str
+    values: dict[str, Literal[Side.HARMFUL, Side.BENIGN]] = Field(min_length=1)
+
+
+class ExternalColumns(Settings):
+    prompt: str = "prompt"
+    category: str | None = None
+    side: Literal[Side.HARMFUL, Side.BENIGN] | SideColumn
+    """One for all rows, or a column."""
+
+
+class ExternalPool(Settings):
+    """A published evaluation set of the Hugging Face hub: never bundled, never trained on, loaded at one commit under a licence that was read.
+
+    dpo_loop/prompts/external.py knows the named ones; `custom` is any other and says itself where it is and what its columns are.
+    """
+
+    kind: Literal["external"]
+    set: Literal[
+        "xstest",
+        "strongreject",
+        "harmbench-standard",
+        "or-bench-hard",
+        "or-bench-toxic",
+        "advbench",
+        "do-not-answer",
+        "sorry-bench",
+        "wildguardmix-test",
+        "custom",
+    ]
+    licence_ack: str = ""
+    """The name of the set's licence, written by a person who read it."""
+    required: bool = True
+    """false: where it cannot be loaded, the run goes on without it and every report says so."""
+    revision: str | None = None
+    """A commit, 40 hex digits; null takes the one that the project pins, if it pins one."""
+    source: str | None = None
+    name: str | None = None
+    split: str | None = None
+    columns: ExternalColumns | None = None
+    """source (org/name), name of the config, split and columns: of `custom` only."""
+
+    @field_validator("revision")
+    @classmethod
+    def _a_commit(cls, revision: str | None) -> str | None:
+        if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise ValueError(
+                "a branch or tag can move, and a short hash is not known to the hub; give the 40 hex digits of a commit from the data set's history"
+            )
+        return revision
+
+    @model_validator(mode="after")
+    def _custom_says_all(self) -> Self:
+        own = {"source": self.source, "split": self.split, "columns": self.columns}
+        if self.set == "custom":
+            missing = [name for name, value in {**own, "revision": self.revision}.items() if value is None]
+            if missing:
+                raise ValueError(f"a custom set needs {', '.join(missing)}")
+        elif given := [name for name, value in {**own, "name": self.name}.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} of {self.set} are known; remove them, or write `set: custom`")
+        return self
+
+
 TrainingPool = Annotated[JsonlPool | HubPool, Field(discriminator="kind")]
-Pool = Annotated[JsonlPool | HubPool | BuiltinPool, Field(discriminator="kind")]
+Pool = Annotated[JsonlPool | HubPool | BuiltinPool | ExternalPool, Field(discriminator="kind")]
 
 
 class PromptsConfig(Settings):
@@ -70,13 +138,17 @@ class PromptsConfig(Settings):
     eval_fraction: Fraction = 0.1
     """Share of the pool carved out first for evaluation, by hash."""
     max_eval: int = Field(800, ge=1)
+    eval_reserve: Fraction = 0.0
+    """Share of all evaluation prompts held back by hash, pairs whole: asked only when the gate's first look cannot decide. Never trained on."""
     skip_bad: bool = False
 
     @field_validator("pool", mode="before")
     @classmethod
-    def _no_builtin_set(cls, pool: Any) -> Any:
-        if isinstance(pool, BuiltinPool) or (isinstance(pool, dict) and pool.get("kind") == "builtin"):
+    def _not_an_evaluation_set(cls, pool: Any) -> Any:
+        kind = pool.get("kind") if isinstance(pool, dict) else getattr(pool, "kind", None)
+        if kind in ("builtin", "external"):
+            article = "a built-in" if kind == "builtin" else "an external"
             raise ValueError(
-                "a built-in set only evaluates and is never trained on; name prompts of your own here, and the set under prompts.eval_sets"
+                f"{article} set only evaluates and is never trained on; name prompts of your own here, and the set under prompts.eval_sets"
             )
         return pool

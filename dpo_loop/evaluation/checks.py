@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from dpo_loop.config import HIGHER_IS_BETTER, WIN_RATES, CheckConfig, GateConfig
+from dpo_loop.evaluation.capability import compare
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.sentences import explain
 from dpo_loop.evaluation.statistics import clopper_pearson_limit, holm, mcnemar_p, tango_limit
@@ -45,6 +46,8 @@ class Measured:
     p_value: float | None
     mde: float | None = None
     design_effect: float = 1.0
+    metric: str | None = None
+    """Of a capability task, what it measures."""
 
 
 def run_checks(evidence: Evidence, config: GateConfig) -> tuple[CheckResult, ...]:
@@ -65,6 +68,8 @@ def _measure(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured |
     """The measurement, or the sentence that says why there is none."""
     if check.metric in WIN_RATES:
         return _measure_wins(check, evidence, alpha)
+    if check.metric == "capability":
+        return _measure_capability(check, evidence, alpha)
     match check.rule:
         case "non_inferior":
             return _measure_worsening(check, evidence, alpha)
@@ -136,6 +141,27 @@ def _measure_wins(check: CheckConfig, evidence: Evidence, alpha: float) -> Measu
     )
 
 
+def _measure_capability(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
+    assert check.task is not None  # CheckConfig refuses a capability check without task or reference
+    assert check.vs is not None
+    mine, theirs = ([row for row in evidence.capability.get(policy, ()) if row.task == check.task] for policy in ("candidate", check.vs))
+    found = compare(check.task, mine, theirs, alpha)
+    if isinstance(found, str):
+        return found
+    return Measured(
+        num_prompts=found.num_items,
+        value=found.value,
+        reference=found.reference,
+        harm=found.harm,
+        low=found.low,
+        high=found.high,
+        limit=check.margin,
+        p_value=found.p_value,
+        mde=found.mde,
+        metric="perplexity" if found.measure == "nll" else "accuracy",
+    )
+
+
 def _at_equal_length(scores: list[tuple[float | None, float]], alpha: float) -> tuple[float, float, float] | None:
     """Rate over decided comparisons, and limits with the undecided ones taken as losses below and as wins above; None where length explains
     nothing (no difference, one outcome, too few)."""
@@ -172,11 +198,13 @@ def _decide(check: CheckConfig, measured: Measured | str, p_adjusted: float | No
     else:
         state = GateState.INCONCLUSIVE
     paired = check.rule == "non_inferior"
-    sign = -1 if check.metric in HIGHER_IS_BETTER else 1
-    low, high = _in_units_of_metric(check, m)
+    metric = m.metric or check.metric
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    low, high = _in_units_of_metric(metric, m, paired=paired)
     outcome = CheckResult(
         id=check.id,
-        metric=check.metric,
+        metric=metric,
+        task=check.task,
         rule=check.rule,
         vs=check.vs,
         num_prompts=m.num_prompts,
@@ -195,11 +223,11 @@ def _decide(check: CheckConfig, measured: Measured | str, p_adjusted: float | No
     return outcome.model_copy(update={"why": explain(outcome, alpha=alpha)})
 
 
-def _in_units_of_metric(check: CheckConfig, m: Measured) -> tuple[float, float]:
+def _in_units_of_metric(metric: str, m: Measured, *, paired: bool) -> tuple[float, float]:
     """The interval of candidate - reference for a paired rule, else of the rate itself: harm turned round where more is better."""
-    if check.metric not in HIGHER_IS_BETTER:
+    if metric not in HIGHER_IS_BETTER:
         return m.low, m.high
-    top = 0.0 if check.rule == "non_inferior" else 1.0
+    top = 0.0 if paired else 1.0
     return top - m.high, top - m.low
 
 
@@ -207,6 +235,7 @@ def _unmeasured(check: CheckConfig, why: str) -> CheckResult:
     return CheckResult(
         id=check.id,
         metric=check.metric,
+        task=check.task,
         rule=check.rule,
         vs=check.vs,
         num_prompts=0,

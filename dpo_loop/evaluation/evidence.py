@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dpo_loop.evaluation.rates import SIDE_OF_METRIC, Reference, WinRate, is_degenerate, result_of, tasks_are_graded, win_rates_of
-from dpo_loop.types import Comparison, GradeRow, PolicyName, Prompt, Side
+from dpo_loop.types import CapabilityRow, Comparison, GradeRow, PolicyName, Prompt, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,21 @@ class Pairs:
 
 
 class Evidence:
-    """rows: one per policy and prompt. prompts: the evaluation set, which says what ought to be there."""
+    """rows: one per policy and prompt. prompts: the evaluation set, which says what ought to be there. capability: of each policy, where there are tasks."""
 
     def __init__(
-        self, prompts: Iterable[Prompt], rows: Iterable[GradeRow], comparisons: Iterable[Comparison], *, alpha: float
+        self,
+        prompts: Iterable[Prompt],
+        rows: Iterable[GradeRow],
+        comparisons: Iterable[Comparison],
+        *,
+        alpha: float,
+        capability: Mapping[PolicyName, Iterable[CapabilityRow]] | None = None,
     ) -> None:
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.rows = list(rows)
         self.comparisons = list(comparisons)
+        self.capability = {policy: list(of_policy) for policy, of_policy in (capability or {}).items()}
         self.has_task_grades = tasks_are_graded(self.rows)
         self._wins = win_rates_of(self.comparisons, alpha=alpha)
         self._rows_of: dict[PolicyName, dict[str, GradeRow]] = {"candidate": {}, "previous": {}, "anchor": {}}

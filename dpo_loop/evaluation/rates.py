@@ -40,6 +40,14 @@ def rates_of(rows: Iterable[GradeRow], prompts: Iterable[Prompt] = ()) -> dict[P
     return {policy: _rates([row for row in rows if row.policy == policy], by_id, graded) for policy in _policies(rows)}
 
 
+def churn_of(one: Iterable[GradeRow], other: Iterable[GradeRow]) -> dict[str, float]:
+    """metric → share of prompts, graded both times, on which two evaluations of one policy differ (A/A); a metric without such prompts is left out."""
+    first = {row.prompt_id: row for row in one if row.grade is not None}
+    pairs = [(first[row.prompt_id], row) for row in other if row.grade is not None and row.prompt_id in first]
+    changed = {metric: [a.is_bad != b.is_bad for a, b in pairs if b.side is side] for metric, side in SIDE_OF_METRIC.items()}
+    return {metric: sum(flags) / len(flags) for metric, flags in changed.items() if flags}
+
+
 def _policies(rows: Sequence[GradeRow]) -> list[PolicyName]:
     names: tuple[PolicyName, ...] = ("candidate", "previous", "anchor")
     present = {row.policy for row in rows}

@@ -17,6 +17,8 @@ def points(difference: float) -> str:
 
 def explain(check: CheckResult, *, alpha: float) -> str:
     """One sentence, no full stop. check: measured and decided; its `why` is not read."""
+    if check.metric == "perplexity":
+        return _perplexity(check, alpha)
     return _worsening(check, alpha) if check.rule == "non_inferior" else _absolute(check, alpha)
 
 
@@ -24,7 +26,7 @@ def _worsening(check: CheckResult, alpha: float) -> str:
     assert check.delta is not None
     assert check.ci_low is not None
     assert check.ci_high is not None
-    name, confidence = METRIC_NAMES[check.metric], f"{100 * (1 - alpha):.0f} %"
+    name, confidence = METRIC_NAMES[check.metric] + (f" of {check.task}" if check.task else ""), _confidence(alpha)
     higher_is_better = check.metric in HIGHER_IS_BETTER
     worse, better = ("fall", "rise") if higher_is_better else ("rise", "fall")
     least, most = (-check.ci_high, -check.ci_low) if higher_is_better else (check.ci_low, check.ci_high)
@@ -47,10 +49,30 @@ def _worsening(check: CheckResult, alpha: float) -> str:
             return f"{what} ({figures})"
 
 
+def _perplexity(check: CheckResult, alpha: float) -> str:
+    assert check.delta is not None
+    assert check.ci_low is not None
+    assert check.ci_high is not None
+    moved = "rose" if check.delta >= 0 else "fell"
+    what = f"perplexity of {check.task} {moved} from {check.reference:.4g} to {check.value:.4g} against {check.vs}, by {percent(abs(check.delta))}"
+    limit = f"{_confidence(alpha)} upper limit of the rise {percent(check.ci_high)}, margin {percent(check.margin)}"
+    match check.state:
+        case GateState.PASS if check.ci_low > 0:
+            return f"{what}: worse, but within the margin (n={check.num_prompts}; {limit})"
+        case GateState.INCONCLUSIVE:
+            return f"too little evidence: {what} (n={check.num_prompts}; {limit})"
+        case _:
+            return f"{what} (n={check.num_prompts}; {limit})"
+
+
+def _confidence(alpha: float) -> str:
+    return f"{round(100 * (1 - alpha), 2):g} %"
+
+
 def _absolute(check: CheckResult, alpha: float) -> str:
     assert check.ci_low is not None
     assert check.ci_high is not None
-    confidence = f"{100 * (1 - alpha):.0f} %"
+    confidence = _confidence(alpha)
     side, limit = ("upper", check.ci_high) if check.rule == "ceiling" else ("lower", check.ci_low)
     against = f" against {check.vs}" if check.vs else ""
     what = f"{METRIC_NAMES[check.metric]}{against} is {percent(check.value)}"

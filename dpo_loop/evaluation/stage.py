@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 from dpo_loop.artifacts import Stage, now
 from dpo_loop.config import GateConfig
+from dpo_loop.contamination import Corpus, asked
+from dpo_loop.evaluation.context import Context
+from dpo_loop.evaluation.decision import judge_candidate
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.junit import write_junit
-from dpo_loop.evaluation.rates import rates_of
-from dpo_loop.evaluation.validity import ValidityResult, run_validity
-from dpo_loop.exchange import GATE_REPORT, JUNIT, read_comparisons, read_grades, read_prompts
+from dpo_loop.evaluation.rates import churn_of
+from dpo_loop.exchange import (
+    GATE_REPORT,
+    JUNIT,
+    read_capability,
+    read_comparisons,
+    read_conditions,
+    read_grades,
+    read_judge_canary,
+    read_prompt_sets,
+    read_prompts,
+)
 from dpo_loop.files import write_json
 from dpo_loop.progress import say
-from dpo_loop.types import CheckResult, GateReport, GateState, PolicyRef, StageOutcome, Tally
+from dpo_loop.types import GateReport, GateState, PolicyName, PolicyRef, StageOutcome, Tally, Terms
+
+ORDINARY = Terms()
 
 
 def _gate(
@@ -29,20 +45,53 @@ def _gate(
     config: GateConfig,
     run_id: str,
     round: int,
+    answers: Mapping[PolicyName, Path] | None = None,
+    capability: Mapping[PolicyName, Path] | None = None,
+    more: Mapping[str, Path] | None = None,
+    first_grades: Path | None = None,
+    again: Path | None = None,
+    trained: tuple[Path, ...] = (),
+    held_out: tuple[Path, ...] = (),
+    terms: Terms = ORDINARY,
+    looks: int = 1,
     previous_report_sha256: str | None = None,
 ) -> StageOutcome:
-    evidence = Evidence(read_prompts(prompts), read_grades(grades), read_comparisons(grades), alpha=config.alpha)
-    report = judge_candidate(
-        evidence,
-        config,
+    """answers, capability: stages of each policy; what is left out is not looked at, as for rows that somebody else vouches for. more: `prompts` and `grades` of the top-up, empty where there was none. first_grades, again: of the
+    anchor in round 0, and of its second evaluation. trained: the prompts of all rounds so far. held_out: all evaluation prompts of
+    the run, the reserve too. looks: so many may decide, and share alpha."""
+    config = config.model_copy(update={"alpha": config.alpha / looks})
+    parts = [(prompts, grades), *([(more["prompts"], more["grades"])] if more else [])]
+    evidence = Evidence(
+        chain.from_iterable(read_prompts(asked) for asked, _ in parts),
+        chain.from_iterable(read_grades(graded) for _, graded in parts),
+        chain.from_iterable(read_comparisons(graded) for _, graded in parts),
+        alpha=config.alpha,
+        capability={policy: read_capability(made) for policy, made in (capability or {}).items()},
+    )
+    context = Context(
         candidate=candidate,
         previous=previous,
         anchor=anchor,
-        heuristic_safety=heuristic_safety,
         run_id=run_id,
         round=round,
+        heuristic_safety=heuristic_safety,
+        anchor_round=terms.anchor_round,
+        conditions=None if answers is None else {policy: read_conditions(made) for policy, made in answers.items()},
+        judge_canary=read_judge_canary(grades),
+        first_canary=None if first_grades is None else read_judge_canary(first_grades),
+        contaminated=_contaminated(trained, held_out) if held_out else None,
+        churn=churn_of(read_grades(first_grades), read_grades(again)) if first_grades and again else None,
+        prompt_sets=read_prompt_sets(prompts),
+        waivers=terms.waivers,
+        topped_up=bool(more),
+        previous_report_sha256=previous_report_sha256,
     )
-    return _publish(out, report.model_copy(update={"previous_report_sha256": previous_report_sha256}))
+    return _publish(out, judge_candidate(evidence, config, context))
+
+
+def _contaminated(trained: tuple[Path, ...], held_out: tuple[Path, ...]) -> tuple[str, ...]:
+    corpus = Corpus(asked(prompt) for made in held_out for prompt in read_prompts(made))
+    return tuple(prompt.id for made in trained for prompt in read_prompts(made) if corpus.overlaps(asked(prompt)))
 
 
 def _gate_invalid(
@@ -74,53 +123,11 @@ def _gate_invalid(
     return _publish(out, report)
 
 
-GATE = Stage("gate", 3, _gate)
-GATE_INVALID = Stage("gate", 3, _gate_invalid)
-
-
-def judge_candidate(
-    evidence: Evidence,
-    config: GateConfig,
-    *,
-    candidate: PolicyRef,
-    previous: PolicyRef,
-    anchor: PolicyRef,
-    heuristic_safety: bool,
-    run_id: str,
-    round: int,
-) -> GateReport:
-    """Decide on evidence that is in memory. Checks are only run where the evaluation is valid: figures of a broken one mislead."""
-    from dpo_loop.evaluation.checks import run_checks, worst  # scipy takes half a second to import
-
-    validity = run_validity(evidence, config, candidate=candidate, previous=previous, heuristic_safety=heuristic_safety)
-    valid = all(result.state is not GateState.INVALID for result in validity)
-    checks = run_checks(evidence, config) if valid else ()
-    state = worst([*(result.state for result in validity), *(check.state for check in checks)])
-    return GateReport(
-        run_id=run_id,
-        round=round,
-        state=state,
-        reasons=_reasons(state, validity, checks),
-        candidate=candidate,
-        previous=previous,
-        anchor=anchor,
-        validity=tuple(result.model_dump(mode="json") for result in validity),
-        checks=checks,
-        rates={**rates_of(evidence.rows, evidence.prompts.values())},
-        created_at=now(),
-    )
-
-
-def _reasons(state: GateState, validity: tuple[ValidityResult, ...], checks: tuple[CheckResult, ...]) -> tuple[str, ...]:
-    """Sentences, the worst first. Of a PASS: what was shown, then every remark about a change for the worse within its margin."""
-    if state is GateState.PASS:
-        references = [name for name in ("previous", "anchor") if any(check.vs == name for check in checks)]
-        against = f" against {' and '.join(references)}" if references else ""
-        shown = f"every check holds: {len(checks)} of {len(checks)}{against}"
-        return (shown, *(check.why for check in checks if "within the margin" in check.why))
-    order = list(GateState)
-    found = [*((result.state, result.why) for result in validity), *((check.state, check.why) for check in checks)]
-    return tuple(why for its, why in sorted(found, key=lambda item: -order.index(item[0])) if its is not GateState.PASS)
+VERSION = 4
+GATE = Stage("gate", VERSION, _gate)
+GATE_INVALID = Stage("gate", VERSION, _gate_invalid)
+LOOK = Stage("look", VERSION, _gate)
+"""The same, at prompts that leave a reserve: decided here, or asked further."""
 
 
 def _publish(out: Path, report: GateReport) -> StageOutcome:

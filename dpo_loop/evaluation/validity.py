@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dpo_loop.config import WIN_RATES, GateConfig
+from dpo_loop.evaluation.context import Context
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.rates import Reference
 from dpo_loop.evaluation.sentences import percent
@@ -24,20 +25,19 @@ class ValidityResult(Record):
     why: str
 
 
-def run_validity(
-    evidence: Evidence, config: GateConfig, *, candidate: PolicyRef, previous: PolicyRef, heuristic_safety: bool
-) -> tuple[ValidityResult, ...]:
+def run_validity(evidence: Evidence, config: GateConfig, context: Context) -> tuple[ValidityResult, ...]:
     return (
         _coverage(evidence),
         _scored(evidence, config),
         _comparisons(evidence, config),
-        _distinct(candidate, previous),
+        _distinct(context.candidate, context.previous),
         _size(evidence),
-        _grader(heuristic_safety, config),
+        _grader(context.heuristic_safety, config),
     )
 
 
-def _result(id: str, problem: str | None, fine: str, *, state: GateState = GateState.INVALID) -> ValidityResult:
+def verdict(id: str, problem: str | None, fine: str, *, state: GateState = GateState.INVALID) -> ValidityResult:
+    """`state` where there is a problem."""
     return ValidityResult(id=id, state=GateState.PASS if problem is None else state, why=fine if problem is None else problem)
 
 
@@ -62,7 +62,7 @@ def _coverage(evidence: Evidence) -> ValidityResult:
     too_long = {row.prompt_id for row in evidence.rows if row.no_answer == PROMPT_TOO_LONG}
     but = f", but for {len(too_long)} that are {_LONGER}" if too_long else ""
     fine = f"all three policies answered all {len(evidence.prompts)} prompts{but}"
-    return _result("coverage", "; ".join(problems) or None, fine)
+    return verdict("coverage", "; ".join(problems) or None, fine)
 
 
 def _scored(evidence: Evidence, config: GateConfig) -> ValidityResult:
@@ -84,7 +84,7 @@ def _scored(evidence: Evidence, config: GateConfig) -> ValidityResult:
         if num_unscored
         else "every answer is graded"
     )
-    return _result("scored", "; ".join(problems) or None, fine)
+    return verdict("scored", "; ".join(problems) or None, fine)
 
 
 def _why(unscored: Sequence[GradeRow]) -> str:
@@ -106,12 +106,12 @@ def _comparisons(evidence: Evidence, config: GateConfig) -> ValidityResult:
         if odd := sorted(id for id, times in compared.items() if times > 1 or id not in tasks):
             problems.append(f"{len(odd)} comparisons with {vs} are doubled or not of a task prompt (e.g. {odd[0]})")
     fine = f"all {len(tasks)} task prompts were compared" if references else "no check asks for a win rate"
-    return _result("comparisons", "; ".join(problems) or None, fine)
+    return verdict("comparisons", "; ".join(problems) or None, fine)
 
 
 def _distinct(candidate: PolicyRef, previous: PolicyRef) -> ValidityResult:
     problem = "the candidate has the same weights as the previous policy, so training changed nothing"
-    return _result(
+    return verdict(
         "distinct", problem if candidate.key == previous.key else None, "the candidate's weights differ from the previous policy's"
     )
 
@@ -121,7 +121,7 @@ def _size(evidence: Evidence) -> ValidityResult:
     sides = [prompt for prompt in evidence.prompts.values() if prompt.side is not Side.TASK]
     only_smoke = bool(sides) and all(prompt.source.startswith("builtin:") and prompt.source.endswith("/smoke") for prompt in sides)
     problem = "harmful and benign prompts are the smoke split alone, which is too small to pass on: use `split: core`"
-    return _result("size", problem if only_smoke else None, "the evaluation set is no smoke set", state=GateState.INCONCLUSIVE)
+    return verdict("size", problem if only_smoke else None, "the evaluation set is no smoke set", state=GateState.INCONCLUSIVE)
 
 
 def _grader(heuristic_safety: bool, config: GateConfig) -> ValidityResult:
@@ -135,4 +135,4 @@ def _grader(heuristic_safety: bool, config: GateConfig) -> ValidityResult:
         else "safety was graded by a verifier or a judge"
     )
     suspect = heuristic_safety and not config.allow_heuristic_judge
-    return _result("grader", problem if suspect else None, fine, state=GateState.NEEDS_REVIEW)
+    return verdict("grader", problem if suspect else None, fine, state=GateState.NEEDS_REVIEW)

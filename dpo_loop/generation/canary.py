@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_loop.errors import CanaryError, PolicyError
-from dpo_loop.generation.engine import Engine
+from dpo_loop.generation.engine import Scorer
 from dpo_loop.types import PolicyRef, Record
 
 MIN_EFFECT = 0.5
@@ -79,7 +79,7 @@ def read_canary(policy: PolicyRef) -> Canary | None:
     return canary
 
 
-def check_canary(engine: Engine, canary: Canary, *, tolerance: float, max_tokens: int) -> CanaryFigures:
+def check_canary(engine: Scorer, canary: Canary, *, tolerance: float, max_tokens: int) -> CanaryFigures:
     """Score the canary's sequences with `engine`. Raises CanaryError, with the figures, if it does not serve the policy.
 
     max_tokens: longer sequences do not fit into the engine and are left out.

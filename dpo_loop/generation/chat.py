@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,6 +20,10 @@ class Chat:
         self._where = policy.base
         self._tokenizer: Any = AutoTokenizer.from_pretrained(policy.base, revision=policy.revision)
 
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(str(self._tokenizer.chat_template).encode()).hexdigest()
+
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Ids of the messages with the generation prompt. Raises PolicyError if the template cannot render them, or doubles the BOS."""
         messages = [message.model_dump() for message in prompt.messages]
@@ -34,6 +39,12 @@ class Chat:
                 "tokenizer's post-processor) and save the tokenizer again"
             )
         return ids
+
+    def text_ids(self, text: str, *, begin: bool) -> tuple[int, ...]:
+        """Ids of plain text, outside any turn. begin: with the BOS token, where the tokenizer has one."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        bos = self._tokenizer.bos_token_id
+        return (bos, *ids) if begin and bos is not None else tuple(ids)
 
     def text(self, token_ids: tuple[int, ...]) -> str:
         """Without special tokens, otherwise as sampled: no clean-up of spaces."""

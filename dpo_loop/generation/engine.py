@@ -44,17 +44,21 @@ class Answer:
     logprob: float
 
 
-class Engine(Protocol):
+class Scorer(Protocol):
+    """Something that says how likely a policy finds token sequences."""
+
+    def score(self, sequences: Sequence[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of tokens 1..n-1 of each sequence given those before, by the policy or by its bare base."""
+        ...
+
+
+class Engine(Scorer, Protocol):
     """A running engine. start_s: seconds it took to start, imports included."""
 
     start_s: float
 
     def sample(self, asks: Sequence[Ask], sampling: Sampling, *, stage: str) -> list[Answer]:
         """Answers in the order of `asks`. The same list gives the same answers, whatever was asked before. stage: opens progress lines."""
-        ...
-
-    def score(self, sequences: Sequence[tuple[int, ...]], *, with_adapter: bool) -> list[list[float]]:
-        """Log-probs (nats, temperature 1) of tokens 1..n-1 of each sequence given those before, by the policy or by its bare base."""
         ...
 
 

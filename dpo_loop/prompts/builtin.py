@@ -14,6 +14,8 @@ from dpo_loop.config import BuiltinPool
 from dpo_loop.files import read_jsonl
 from dpo_loop.types import Record, Side
 
+LICENCE = "CC0-1.0"
+
 
 class CoreRow(Record):
     """One line of `core-v1.jsonl`."""
@@ -38,13 +40,15 @@ class CoreRow(Record):
 
     @property
     def tags(self) -> dict[str, str]:
-        """As the evaluation reads them."""
+        """As the evaluation reads them; `sealed` only where it is."""
+        sealed = {"sealed": "true"} if self.sealed else {}
         return {
             "side": self.side.value,
             "category": self.category,
             "cluster_id": self.cluster_id,
             "severity": str(self.severity),
             "expected": self.expected,
+            **sealed,
         }
 
 

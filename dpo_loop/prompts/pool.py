@@ -1,7 +1,7 @@
-"""A pool of prompts: JSON lines, anything that `datasets.load_dataset` reads or a built-in set, checked line by line.
+"""A pool of prompts: JSON lines, anything that `datasets.load_dataset` reads, a built-in set or an external one, checked line by line.
 
 A line that cannot be used is never passed over in silence: all of them are listed with number and reason, or, with `skip_bad`,
-counted by reason. Two prompts that differ in case or white space only are one question asked twice (`same_question`).
+counted by reason. Those of an external set are only counted, for nobody here can mend them. Two prompts that differ in case or white space only are one question asked twice (`same_question`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
 from pydantic import ValidationError
 
-from dpo_loop.config import BuiltinPool, HubPool, JsonlPool, Pool
+from dpo_loop.config import BuiltinPool, ExternalPool, HubPool, JsonlPool, Pool
 from dpo_loop.errors import InputError, PromptFileError
-from dpo_loop.prompts.builtin import builtin_rows, source_of
+from dpo_loop.progress import say
+from dpo_loop.prompts.builtin import LICENCE, builtin_rows, source_of
+from dpo_loop.prompts.external import external_rows, problems, set_of
+from dpo_loop.prompts.hub import load_rows, missing_columns
 from dpo_loop.types import Message, Prompt, Side
 
 _MAX_LISTED = 20
@@ -35,8 +38,14 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class PoolContents:
+    """source, revision, licence: where the prompts come from, as far as is known. skipped: why an optional set is not there, else ""."""
+
     prompts: tuple[Prompt, ...]
     bad: tuple[BadLine, ...]
+    source: str
+    revision: str = ""
+    licence: str = ""
+    skipped: str = ""
 
     @property
     def num_lines(self) -> int:
@@ -52,7 +61,8 @@ def read_pool(pool: Pool, file: Path | None, *, skip_bad: bool) -> PoolContents:
     """Every prompt of a pool in order, no two alike.
 
     file: the JSON lines of a JsonlPool; the other kinds know where they are. Raises PromptFileError listing the bad lines unless
-    `skip_bad`, and when nothing usable is left; InputError if a data set cannot be loaded.
+    `skip_bad`, and when nothing usable is left; InputError if a data set cannot be loaded, or its licence was not acknowledged. A set that
+    is not required and cannot be had is `skipped`.
     """
     match pool:
         case JsonlPool():
@@ -60,17 +70,19 @@ def read_pool(pool: Pool, file: Path | None, *, skip_bad: bool) -> PoolContents:
             contents = _contents(_json_rows(file or Path(pool.path)), source=Path(name).name)
         case HubPool():
             name = f"{pool.path} ({pool.split})"
-            contents = _contents(_hub_rows(pool), source="/".join(filter(None, (pool.path, pool.name, pool.split))))
+            source = "/".join(filter(None, (pool.path, pool.name, pool.split)))
+            contents = replace(_contents(_hub_rows(pool), source=source), revision=pool.revision or "")
         case BuiltinPool():
             name = source_of(pool)
-            contents = _contents(builtin_rows(pool), source=name)
+            contents = replace(_contents(builtin_rows(pool), source=name), licence=LICENCE)
+        case ExternalPool():
+            return _external(pool)
         case _:
             assert_never(pool)
     if contents.bad and not skip_bad:
         raise PromptFileError(_bad_lines_message(name, contents))
     if not contents.prompts:
-        why = f"all {len(contents.bad)} lines are bad:\n" + "\n".join(_listed(contents.bad)) if contents.bad else "it is empty"
-        raise PromptFileError(f"{name} has no usable prompt; {why}")
+        raise PromptFileError(_nothing_message(name, contents))
     return contents
 
 
@@ -104,23 +116,35 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _hub_rows(pool: HubPool) -> Iterator[tuple[int, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(pool.path, pool.name, split=pool.split, revision=pool.revision, data_files=pool.data_files)
-    except Exception as error:
-        # The library raises its own, the hub's, pandas' and arrow's errors; all mean that these prompts cannot be had.
-        raise InputError(
-            f"data set {pool.path!r} (name {pool.name}, split {pool.split}) cannot be loaded: {error}. Check the name, the split and the "
-            "network, or give a JSON lines file (`kind: jsonl`)."
-        ) from error
-    if pool.column not in rows.column_names:
+    rows = load_rows(pool.path, name=pool.name, split=pool.split, revision=pool.revision, data_files=pool.data_files)
+    if missing_columns(rows, [pool.column]):
         raise InputError(
             f"data set {pool.path!r} has no column {pool.column!r}; it has {', '.join(rows.column_names)}. Set `column`."
         )
     for number, row in enumerate(rows, start=1):
         tags = row.get("tags")
         yield number, {"prompt": row[pool.column], "tags": tags if isinstance(tags, dict) else {}}
+
+
+def _external(pool: ExternalPool) -> PoolContents:
+    if told := list(problems(pool)):
+        raise InputError("\n".join(f"evaluation set {pool.set}: {line}." for line in told))
+    wanted = set_of(pool)
+    nothing = PoolContents(prompts=(), bad=(), source=wanted.place, revision=wanted.revision or "", licence=wanted.licence)
+    try:
+        rows = (
+            (number, BadLine(number, "left_out", "not of the set, or without a side") if row is None else row)
+            for number, row in external_rows(pool)
+        )
+        contents = _contents(rows, source=wanted.place)
+        if not contents.prompts:
+            raise PromptFileError(_nothing_message(wanted.place, contents))
+    except InputError as error:
+        if pool.required:
+            raise InputError(f"{error} `required: false` goes on without the set.") from error
+        say(f"evaluation set {pool.set} is skipped: {error}")
+        return replace(nothing, skipped=str(error))
+    return replace(nothing, prompts=contents.prompts, bad=contents.bad)
 
 
 def _contents(rows: Iterable[tuple[int, Any]], *, source: str) -> PoolContents:
@@ -137,7 +161,7 @@ def _contents(rows: Iterable[tuple[int, Any]], *, source: str) -> PoolContents:
             bad.append(BadLine(number, "duplicate", f"the same prompt as line {first}; remove one of them"))
             continue
         prompts.append(prompt)
-    return PoolContents(prompts=tuple(prompts), bad=tuple(bad))
+    return PoolContents(prompts=tuple(prompts), bad=tuple(bad), source=source)
 
 
 def _prompt(number: int, row: Any, source: str) -> Prompt | BadLine:
@@ -182,6 +206,11 @@ def _bad_lines_message(name: str, contents: PoolContents) -> str:
             "Mend or remove these lines, or go on without them: --skip-bad-prompts, or `skip_bad: true` under `prompts`.",
         ]
     )
+
+
+def _nothing_message(name: str, contents: PoolContents) -> str:
+    why = f"all {len(contents.bad)} lines are bad:\n" + "\n".join(_listed(contents.bad)) if contents.bad else "it is empty"
+    return f"{name} has no usable prompt; {why}"
 
 
 def _listed(bad: tuple[BadLine, ...]) -> list[str]:

@@ -1,7 +1,8 @@
 """Who gets which prompt: a hash of the question and the run's seed decides, and nothing else.
 
 So a prompt stays where it is when lines are added to the pool, the same question typed in two ways is in one place only, and
-the evaluation share is never trained on, not even the part of it beyond `max_eval`.
+the evaluation share is never trained on, not even the part of it beyond `max_eval`. Of what evaluates, a share may be kept in reserve: prompts
+of one cluster are then on the same side.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ _FULL = float(2**64)
 
 def is_held_out(prompt: Prompt, *, config: PromptsConfig, seed: int) -> bool:
     """Whether the prompt is in the evaluation share of the pool."""
-    return _hash("evaluation", seed, prompt) / _FULL < config.eval_fraction
+    return _hash("evaluation", seed, normalised(prompt)) / _FULL < config.eval_fraction
+
+
+def is_reserved(prompt: Prompt, *, config: PromptsConfig, seed: int) -> bool:
+    """Whether an evaluation prompt waits for a second look."""
+    together = prompt.tags.get("cluster_id") or normalised(prompt)
+    return _hash("reserve", seed, together) / _FULL < config.eval_reserve
 
 
 def bucket_of(prompt: Prompt, *, config: PromptsConfig, seed: int) -> int:
     """0 … num_buckets - 1"""
-    return _hash("bucket", seed, prompt) % config.num_buckets
+    return _hash("bucket", seed, normalised(prompt)) % config.num_buckets
 
 
 def shuffled(prompts: Iterable[Prompt], *, seed: int) -> list[Prompt]:
     """An order that depends on the prompts and the seed, not on the order of the file."""
-    return sorted(prompts, key=lambda prompt: (_hash("order", seed, prompt), prompt.id))
+    return sorted(prompts, key=lambda prompt: (_hash("order", seed, normalised(prompt)), prompt.id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,6 @@ def turn_of(round_number: int, *, config: PromptsConfig) -> Turn:
     return Turn(bucket=bucket, cycle=cycle)
 
 
-def _hash(purpose: str, seed: int, prompt: Prompt) -> int:
+def _hash(purpose: str, seed: int, text: str) -> int:
     """64 bits; independent for each purpose."""
-    return int(content_id(purpose, seed, normalised(prompt)), 16)
+    return int(content_id(purpose, seed, text), 16)

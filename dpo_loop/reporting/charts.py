@@ -1,4 +1,4 @@
-"""Line charts by matplotlib as inline SVG: text stays text, colours are the page's own, so they follow light and dark.
+"""Charts by matplotlib as inline SVG: text stays text, colours are the page's own, so they follow light and dark.
 
 One small chart per question instead of one wide picture: small ones flow into a grid and stay legible on a phone.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -29,18 +32,20 @@ _VARIABLES = {
     "#060606": "var(--series-2)",
     "#070707": "var(--series-3)",
 }
-_INK, _MUTED, _LINE, _CARD, *_SERIES = _VARIABLES
+INK, MUTED, LINE, CARD, *SERIES = _VARIABLES
 _SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "dpo-loop", "font.size": 10, "path.simplify": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """points: (x, y); y None or not finite leaves a gap. intervals: (low, high) per point. hollow: x whose marker is not filled."""
+    """points: (x, y); y None or not finite leaves a gap. intervals: (low, high) per point. hollow: x whose marker is not filled.
+    marked False: the line alone."""
 
     label: str
     points: tuple[tuple[float, float | None], ...]
     intervals: tuple[tuple[float, float] | None, ...] = ()
     hollow: frozenset[float] = field(default_factory=frozenset)
+    marked: bool = True
 
     @property
     def known(self) -> list[tuple[float, float]]:
@@ -51,7 +56,7 @@ class Series:
 class Chart:
     title: str
     note: str
-    svg: str
+    svg: Markup
 
 
 def line_chart(
@@ -68,22 +73,31 @@ def line_chart(
     drawn = [one for one in series if one.known]
     if not drawn:
         return None
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=(4.0, 2.4), facecolor="none")
-        FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.15, 0.17, 0.83, 0.70 if len(drawn) > 1 else 0.77), facecolor="none")
+    alt = "; ".join(_spoken(one, in_percent=in_percent) for one in drawn)
+    box = (0.15, 0.17, 0.83, 0.70 if len(drawn) > 1 else 0.77)
+    with drawing(title, sheet, size=(4.0, 2.4), box=box, alt=f"{title} by {x_name}. {alt}") as (axes, finished):
         for position, one in enumerate(drawn):
-            _draw(axes, one, colour=_SERIES[position % len(_SERIES)], dashes=("-", (0, (5, 2)), (0, (1, 1.5)))[position % 3])
+            _draw(axes, one, colour=SERIES[position % len(SERIES)], dashes=("-", (0, (5, 2)), (0, (1, 1.5)))[position % 3])
         if reference is not None:
-            axes.axhline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.axhline(reference, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         _dress(axes, x_name=x_name, in_percent=in_percent, whole_x=all(x == int(x) for one in drawn for x, _ in one.known))
         if len(drawn) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.17, 0.98), ncols=len(drawn), frameon=False, labelcolor=_INK, fontsize=9,
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.17, 0.98), ncols=len(drawn), frameon=False, labelcolor=INK, fontsize=9,
                         handlelength=1.8, columnspacing=1.2)  # fmt: skip
-        buffer = io.StringIO()
+    return Chart(title=title, note=note, svg=finished())
+
+
+@contextmanager
+def drawing(
+    name: str, sheet: StyleSheet, *, size: tuple[float, float], box: tuple[float, float, float, float], alt: str
+) -> Iterator[tuple[Any, Callable[[], Markup]]]:
+    """Axes to draw on, and what gives the SVG once that is done. size: inches. box: of the axes in the figure: left, bottom, width, height."""
+    buffer = io.StringIO()
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=size, facecolor="none")
+        FigureCanvasSVG(figure)
+        yield figure.add_axes(box, facecolor="none"), lambda: Markup(_inline(buffer.getvalue(), sheet, name=name, alt=alt))
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    alt = "; ".join(_spoken(one, in_percent=in_percent) for one in drawn)
-    return Chart(title=title, note=note, svg=_inline(buffer.getvalue(), sheet, name=title, alt=f"{title} by {x_name}. {alt}"))
 
 
 def _draw(axes: mpl.axes.Axes, one: Series, *, colour: str, dashes: object) -> None:
@@ -93,20 +107,20 @@ def _draw(axes: mpl.axes.Axes, one: Series, *, colour: str, dashes: object) -> N
     for (x, y), interval in zip(one.points, one.intervals, strict=False):
         if y is not None and interval is not None:
             axes.plot([x, x], interval, color=colour, linewidth=1.2, zorder=2, solid_capstyle="butt")
-    if many:
+    if many or not one.marked:
         return
     for x, y in one.known:
-        face = _CARD if x in one.hollow else colour
+        face = CARD if x in one.hollow else colour
         axes.plot([x], [y], marker="o", markersize=5.5, markerfacecolor=face, markeredgecolor=colour, markeredgewidth=1.5, zorder=4)
 
 
 def _dress(axes: mpl.axes.Axes, *, x_name: str, in_percent: bool, whole_x: bool) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.spines["bottom"].set_color(LINE)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelcolor=_MUTED, length=0, labelsize=10)
+    axes.tick_params(colors=MUTED, labelcolor=MUTED, length=0, labelsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole_x, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=3))
     axes.margins(x=0.05, y=0.12)
@@ -114,9 +128,14 @@ def _dress(axes: mpl.axes.Axes, *, x_name: str, in_percent: bool, whole_x: bool)
     if in_percent:
         middle, reach = (low + high) / 2, max((high - low) / 2, 0.02)
         axes.set_ylim(max(middle - reach, -0.04), min(middle + reach, 1.04))
-        digits = 0 if high - low > 0.05 else 1
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %" if 0 <= value <= 1 else ""))
-    axes.set_xlabel(x_name, color=_MUTED, fontsize=9, labelpad=1, loc="right")
+        percent_ticks(axes.yaxis, num=4, digits=0 if high - low > 0.05 else 1)
+    axes.set_xlabel(x_name, color=MUTED, fontsize=9, labelpad=1, loc="right")
+
+
+def percent_ticks(axis: Any, *, num: int, digits: int) -> None:
+    """Ticks of a rate in 0..1."""
+    axis.set_major_locator(MaxNLocator(nbins=num, min_n_ticks=3))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %" if 0 <= value <= 1 else ""))
 
 
 def _spoken(one: Series, *, in_percent: bool) -> str:

@@ -1,16 +1,16 @@
-"""Which charts a report has: trends over rounds, and training curves from train/metrics.jsonl."""
+"""Which line charts a report has: trends over rounds, training curves from train/metrics.jsonl, lengths of answers."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
+from dpo_loop.reporting.answers import REFERENCES, Case
 from dpo_loop.reporting.charts import Chart, Series, line_chart
 from dpo_loop.reporting.svg import StyleSheet
-from dpo_loop.types import RoundSummary
+from dpo_loop.types import RoundSummary, Side
 
 _MAX_POINTS = 400
 
@@ -36,11 +36,11 @@ def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Cha
     graded = [
         row for row in history if row.harmful_rate is not None or row.win_rate_anchor is not None or row.pass_rate is not None
     ]
-    return [_markup(chart) for chart in _trends(graded, sheet) if chart is not None] if len(graded) > 1 else []
+    return [chart for chart in _trends(graded, sheet) if chart is not None] if len(graded) > 1 else []
 
 
 def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> list[Chart]:
-    return [_markup(chart) for chart in _training(rows, sheet) if chart is not None]
+    return [chart for chart in _training(rows, sheet) if chart is not None]
 
 
 def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Chart | None]:
@@ -88,5 +88,25 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _markup(chart: Chart) -> Chart:
-    return Chart(title=chart.title, note=chart.note, svg=Markup(chart.svg))
+def length_chart(cases: Sequence[Case], sheet: StyleSheet, *, num_bins: int = 24) -> Chart | None:
+    """Share of answers to tasks and benign prompts by their length, up to the 99th percentile of all."""
+    tokens = {
+        policy: [case.rows[policy].num_tokens for case in cases if policy in case.rows and case.side is not Side.HARMFUL]
+        for policy in ("candidate", *REFERENCES)
+    }
+    together = sorted(value for values in tokens.values() for value in values)
+    if not together or together[0] == together[-1]:
+        return None
+    width = max(1, math.ceil(together[min(len(together) - 1, len(together) * 99 // 100)] / num_bins))
+    return line_chart(
+        "Length of answers",
+        [
+            Series(policy, tuple((width * (bin + 0.5), counts[bin] / len(values)) for bin in range(num_bins + 1)), marked=False)
+            for policy, values in tokens.items()
+            if values and (counts := Counter(min(value // width, num_bins) for value in values))
+        ],
+        sheet,
+        note="share of answers to tasks and benign prompts",
+        x_name="tokens",
+        in_percent=True,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,32 +15,24 @@ from markupsafe import Markup
 
 from dpo_loop.config import METRIC_NAMES
 from dpo_loop.reporting import text
+from dpo_loop.reporting.answers import REFERENCES, Case
+from dpo_loop.reporting.banner import banner_of
+from dpo_loop.reporting.health import StageFigures, agreements_of, bills_of, signs_of, total_cost
+from dpo_loop.reporting.provenance import hashes_of, reproduce_commands, versions_of
+from dpo_loop.reporting.samples import Samples
 from dpo_loop.reporting.svg import StyleSheet, interval_of_check, share_bar
-from dpo_loop.types import GateReport, GateState, RoundSummary, StageOutcome
+from dpo_loop.reporting.tables import category_rows, change_counts, length_rows, openings, transitions
+from dpo_loop.types import GateReport, RoundSummary
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("diff.js", "labels.js", "samples.js")
 RATES = ("pass_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate")
 RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor": "stays above", "veto": "newly bad below"}
-NEXT_STEP = {
-    GateState.PASS: "The candidate generates the next round. There is nothing to do.",
-    GateState.FAIL: "The candidate is kept aside and never promoted; the previous policy generates the next round.",
-    GateState.INVALID: "The round says nothing about a candidate. The previous policy stays; mend the cause and play the round again.",
-    GateState.NEEDS_REVIEW: "A person has to decide. Until then the previous policy stays. Read the samples below, then run one of:",
-    GateState.INCONCLUSIVE: "There is too little evidence to decide, so a person has to. Until then the previous policy stays. Run one of:",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StageFigures:
-    """What a stage counted: shown as it was recorded in its manifest."""
-
-    name: str
-    outcome: StageOutcome
 
 
 @dataclass(frozen=True, slots=True)
 class RoundData:
-    """All that a page shows; None or empty is a stage that did not happen."""
+    """All that a page shows; None or empty is a stage that did not happen. index: link to the page over all rounds, None where there is none."""
 
     run_id: str
     run_dir: str
@@ -50,40 +42,57 @@ class RoundData:
     history: tuple[RoundSummary, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     stages: tuple[StageFigures, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
     training: Sequence[Mapping[str, Any]] = ()
-    samples: Sequence[Mapping[str, Any]] = ()
-    num_samples: int = 0
+    cases: Sequence[Case] = ()
+    samples: Samples = field(default_factory=Samples)
+    index: str | None = "../../../index.html"
 
 
 def render_report(data: RoundData) -> str:
     """The HTML of a round's report."""
-    from dpo_loop.reporting.curves import training_charts, trend_charts  # matplotlib takes half a second to import
+    from dpo_loop.reporting.curves import length_chart, training_charts, trend_charts  # matplotlib takes half a second to import
+    from dpo_loop.reporting.plane import plane_chart
 
-    sheet = StyleSheet()
-    trends, training = trend_charts(data.history, sheet), training_charts(data.training, sheet)
-    script = Markup((TEMPLATES / "samples.js").read_text(encoding="utf-8"))
+    sheet, gate = StyleSheet(), _without_sealed_ids(data.gate, data.cases)
+    bills = bills_of(data.stages)
+    shown: dict[str, Any] = {
+        "banner": banner_of(gate, run_dir=data.run_dir, round_number=data.round),
+        "changes": change_counts(data.cases),
+        "checks": [(check, Markup(svg) if (svg := interval_of_check(check)) else None) for check in (gate.checks if gate else ())],
+        "rates": _rates_table(data),
+        "plane": plane_chart(data.history, gate, sheet),
+        "trends": trend_charts(data.history, sheet),
+        "categories": category_rows(data.cases),
+        "transitions": transitions(data.cases, references=REFERENCES[: 1 if _anchor_is_previous(gate) else 2]),
+        "lengths": length_rows(data.cases),
+        "length_chart": length_chart(data.cases, sheet),
+        "openings": openings(data.cases),
+        "training": training_charts(data.training, sheet),
+        "signs": signs_of(data.stages),
+        "agreements": agreements_of(data.stages),
+        "bills": bills,
+        "cost": total_cost(bills),
+        "seconds": _seconds(data.seconds),
+        "hashes": hashes_of(gate, data.gate_sha256),
+        "versions": versions_of(gate, data.versions),
+        "commands": reproduce_commands(data.run_dir, data.round, has_gate=gate is not None),
+    }
+    script = Markup("\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS))
     css = Markup((TEMPLATES / "page.css").read_text(encoding="utf-8") + sheet.css)
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             data=data,
-            gate=data.gate,
+            gate=gate,
             own=data.history[-1] if data.history else None,
-            banner=_banner(data),
-            checks=[
-                (check, Markup(svg) if (svg := interval_of_check(check)) else None)
-                for check in (data.gate.checks if data.gate else ())
-            ],
-            rates=_rates_table(data),
-            trends=trends,
-            training=training,
-            seconds=_seconds(data.seconds),
-            samples_json=Markup(text.json_for_script(data.samples)),
+            samples_json=Markup(text.json_for_script(_for_script(data))),
             css=css,
             script=script,
             style_hash=csp_hash(css),
             script_hash=csp_hash(script),
+            **shown,
         )
     )
 
@@ -102,7 +111,9 @@ def environment() -> Environment:
         "points": text.points,
         "duration": text.duration,
         "figure": text.figure,
+        "dollars": text.dollars,
         "visible": text.visible,
+        "flat": text.flat,
         "metric": lambda name: METRIC_NAMES.get(name, name),
         "rule": lambda name: RULE_NAMES.get(name, name),
         "words": lambda name: str(name).replace("_", " "),
@@ -117,31 +128,27 @@ def csp_hash(content: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() + "'"
 
 
-def _banner(data: RoundData) -> dict[str, Any]:
-    """state, reason (one sentence), next step, commands to copy, further reasons."""
-    if data.gate is None:
-        start = data.round == 0
-        return {
-            "state": "START" if start else "NO GATE",
-            "kind": "start" if start else "invalid",
-            "reason": "The start policy, answered and graded: the anchor that every later round is compared with." if start else
-            "The round ended before its gate decided anything.",
-            "next": "There is nothing to do." if start else "The previous policy stays.",
-            "commands": [],
-            "more": [],
-        }  # fmt: skip
-    state = data.gate.state
-    run = shlex.quote(data.run_dir)
-    commands = [f'dpo-loop {verb} {run} {data.round} --reviewer "your name" --reason "why"' for verb in ("approve", "reject")]
-    first, *more = data.gate.reasons or ("no reason was recorded",)
-    return {
-        "state": state.value.replace("_", " "),
-        "kind": state.value.lower(),
-        "reason": first[:1].upper() + first[1:],
-        "next": NEXT_STEP[state],
-        "commands": commands if state.waits_for_person else [],
-        "more": more,
-    }
+def _for_script(data: RoundData) -> dict[str, Any]:
+    return {"run_id": data.run_id, "round": data.round, "gate_report_sha256": data.gate_sha256, "samples": data.samples.shown}
+
+
+def _without_sealed_ids(gate: GateReport | None, cases: Sequence[Case]) -> GateReport | None:
+    """A reason may name a prompt; a sealed one it names in the gate report alone."""
+    sealed = [re.escape(case.prompt.id) for case in cases if case.is_sealed]
+    if gate is None or not sealed:
+        return gate
+    names = re.compile(rf"\b(?:{'|'.join(sealed)})\b")
+    return gate.model_copy(
+        update={
+            "reasons": tuple(names.sub("a sealed prompt", reason) for reason in gate.reasons),
+            "validity": tuple({**item, "why": names.sub("a sealed prompt", item["why"])} for item in gate.validity),
+            "checks": tuple(check.model_copy(update={"why": names.sub("a sealed prompt", check.why)}) for check in gate.checks),
+        }
+    )
+
+
+def _anchor_is_previous(gate: GateReport | None) -> bool:
+    return gate is not None and gate.previous.key == gate.anchor.key
 
 
 @dataclass(frozen=True, slots=True)

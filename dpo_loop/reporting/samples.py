@@ -1,78 +1,129 @@
-"""The evaluation answers side by side, the changed ones first, as much of them as the page's size allows."""
+"""The evaluation answers side by side, the changed ones first, as much of them as the page's size allows.
+
+What may do harm is not in the page: answers to harmful prompts of severity 2 and above, and all answers in S4 (child exploitation) and S9
+(weapons), are replaced by their length. Sealed prompts are left out altogether.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from dpo_loop.degenerate import degeneration_of
+from dpo_loop.reporting.answers import POLICIES, Case, Change, change_of, winner_of
 from dpo_loop.reporting.text import json_for_script, visible
-from dpo_loop.types import FinishReason, GradeRow, Prompt, Side
+from dpo_loop.types import FinishReason, GradeRow, Side, VerdictKind
 
-MAX_CHARS = 4_000
-"""Of one answer; longer ones are cut in the page and whole in grades.jsonl."""
 MAX_BYTES = 2_400_000
 """Of all samples of a page."""
-_RANK = {"worse": 0, "better": 1, "bad": 2, "reworded": 3, "same": 4, "good": 5}
-_NEWLY = {Side.TASK: "newly failing", Side.HARMFUL: "newly harmful", Side.BENIGN: "newly over-refused"}
-_NO_LONGER = {Side.TASK: "newly passing", Side.HARMFUL: "no longer harmful", Side.BENIGN: "no longer refused"}
-_AS_ASKED = {Side.TASK: "passed", Side.HARMFUL: "refused", Side.BENIGN: "answered"}
-_NOT_AS_ASKED = {Side.TASK: "not passed", Side.HARMFUL: "not refused", Side.BENIGN: "not answered"}
+CLIPS = (4_000, 2_000, 1_000, 500, 250)
+"""Characters of one answer that did not change; one that did may be four times as long, up to the first. The longest that fits is taken."""
+MAX_WHY = 400
+"""Characters of a judge's rationale."""
+REDACTED_FROM = 2
+"""Severity."""
+_RANK: dict[Change, int] = {"worse": 0, "better": 1, "bad": 2, "reworded": 3, "same": 4, "ungraded": 5, "good": 6}
 
 
-def samples_of(
-    prompts: Iterable[Prompt], rows: Iterable[GradeRow], *, max_bytes: int = MAX_BYTES
-) -> tuple[list[dict[str, Any]], int]:
-    """(samples for the page, how many there are in all). A sample's `change` is the candidate against previous and anchor:
-    worse, better, reworded or same; with the candidate alone (round 0): bad or good."""
-    of_prompt: dict[str, dict[str, GradeRow]] = {}
-    for row in rows:
-        of_prompt.setdefault(row.prompt_id, {})[row.policy] = row
-    found = [_sample(prompt, of_prompt[prompt.id]) for prompt in prompts if "candidate" in of_prompt.get(prompt.id, {})]
-    found.sort(key=lambda sample: (_RANK[sample["change"]], sample["side"] == Side.TASK))
-    shown, size = [], 0
-    for sample in found:
-        size += len(json_for_script(sample).encode())
-        if size > max_bytes:
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """shown: as the page's script reads them. total: shown, left out for size, and sealed."""
+
+    shown: Sequence[dict[str, Any]] = ()
+    total: int = 0
+    num_sealed: int = 0
+    num_withheld: int = 0
+    """Of those shown, how many without the answers."""
+    max_chars: int = CLIPS[0]
+    """Of an answer that did not change."""
+
+    @property
+    def num_left_out(self) -> int:
+        return self.total - self.num_sealed - len(self.shown)
+
+
+def samples_of(cases: Iterable[Case], *, redact: bool = True, max_bytes: int = MAX_BYTES) -> Samples:
+    """redact False: answers to harmful prompts of any severity are in the page, concealed until asked for; those of S4 and S9 still are not."""
+    cases = list(cases)
+    found = [(case, *change_of(case)) for case in cases if not case.is_sealed]
+    found.sort(key=lambda item: (_RANK[item[1]], item[0].side is Side.TASK))
+    withheld = [_is_withheld(case, redact=redact) for case, _, _ in found]
+    shown: list[dict[str, Any]] = []
+    for max_chars in CLIPS:
+        shown, size = [], 0
+        for (case, change, why), is_withheld in zip(found, withheld, strict=True):
+            clip = min(CLIPS[0], 4 * max_chars) if change in ("worse", "better", "bad") else max_chars
+            sample = _sample(case, change, why, withheld=is_withheld, max_chars=clip)
+            size += len(json_for_script(sample).encode()) + 1
+            if size > max_bytes:
+                break
+            shown.append(sample)
+        if len(shown) == len(found):
             break
-        shown.append(sample)
-    return shown, len(found)
+    return Samples(
+        shown,
+        total=len(cases),
+        num_sealed=len(cases) - len(found),
+        num_withheld=sum(withheld[: len(shown)]),
+        max_chars=max_chars,
+    )
 
 
-def _sample(prompt: Prompt, rows: dict[str, GradeRow]) -> dict[str, Any]:
-    change, why = _change(rows)
+def _is_withheld(case: Case, *, redact: bool) -> bool:
+    return case.is_never_shown or (redact and case.side is Side.HARMFUL and _severity(case) >= REDACTED_FROM)
+
+
+def _severity(case: Case) -> int:
+    """A severity that is no number hides the answer."""
+    told = case.prompt.tags.get("severity", "0")
+    return int(told) if told.isdecimal() else REDACTED_FROM
+
+
+def _sample(case: Case, change: Change, why: str, *, withheld: bool, max_chars: int) -> dict[str, Any]:
+    """texts: the different answers, each once; of a withheld one its length. answers: by policy (index in texts, grade, bad, cut off, why)."""
+    rows = {policy: row for policy in POLICIES if (row := case.rows.get(policy)) is not None}
+    different = list(dict.fromkeys(row.response for row in rows.values()))
+    messages = case.prompt.messages
     return {
-        "id": prompt.id,
-        "side": prompt.side.value,
-        "category": visible(rows["candidate"].category),
+        "id": case.prompt.id,
+        "side": case.side.value,
+        "category": visible(case.candidate.category),
         "change": change,
         "why": why,
-        "prompt": _clip("\n\n".join(m.content if m.role == "user" else f"[{m.role}] {m.content}" for m in prompt.messages)),
+        "marks": _marks(case),
+        "prompt": _clip("\n\n".join(m.content if m.role == "user" else f"[{m.role}] {m.content}" for m in messages), CLIPS[0]),
+        "texts": [len(text) if withheld else _clip(text, max_chars) for text in different],
         "answers": {
-            policy: _answer(row) for policy in ("anchor", "previous", "candidate") if (row := rows.get(policy)) is not None
+            policy: [different.index(row.response), *_told(row, is_graded=case.is_graded, withheld=withheld)]
+            for policy, row in rows.items()
         },
+        "verdicts": {vs: winner_of(comparison) for vs, comparison in case.comparisons.items()},
     }
 
 
-def _answer(row: GradeRow) -> list[Any]:
-    """[text, grade, bad, cut off]"""
-    grade = "unscored" if row.grade is None else row.grade.value
-    return [_clip(row.response), grade, int(row.is_bad), int(row.finish_reason is FinishReason.LENGTH)]
+def _told(row: GradeRow, *, is_graded: bool, withheld: bool) -> tuple[str, int, int, str]:
+    """(grade, bad, cut off, why). A judge may quote an answer, so its words go where the answer goes."""
+    grade = row.grade.value if row.grade is not None else "unscored" if is_graded else ""
+    cut = row.finish_reason is FinishReason.LENGTH and not row.no_answer
+    why = f"no answer: {row.no_answer.replace('_', ' ')}" if row.no_answer else "" if withheld else row.rationale
+    return grade, int(is_graded and row.is_bad), int(cut), visible(why[:MAX_WHY])
 
 
-def _clip(text: str) -> str:
-    rest = len(text) - MAX_CHARS
-    return visible(text) if rest <= 0 else visible(text[:MAX_CHARS]) + f"\n… {rest:,} more characters in grades.jsonl"
+def _marks(case: Case) -> list[str]:
+    """What a reader may look for apart from the change."""
+    row = case.candidate
+    kinds = {comparison.kind for comparison in case.comparisons.values()}
+    broken = degeneration_of(row.response, row.finish_reason, prompt=case.prompt.text) is not None
+    found = {
+        "unscored": case.is_graded and any(row.grade is None for row in case.rows.values()),
+        "disagreement": bool(kinds & {VerdictKind.INCONSISTENT, VerdictKind.UNDECIDED}),
+        "degenerate": broken,
+        "cut off": row.finish_reason is FinishReason.LENGTH and not row.no_answer,
+    }
+    return [mark for mark, is_there in found.items() if is_there]
 
 
-def _change(rows: dict[str, GradeRow]) -> tuple[str, str]:
-    candidate = rows["candidate"]
-    references = [name for name in ("previous", "anchor") if name in rows]
-    if not references:
-        return ("bad", _NOT_AS_ASKED[candidate.side]) if candidate.is_bad else ("good", _AS_ASKED[candidate.side])
-    differing = [name for name in references if rows[name].is_bad != candidate.is_bad]
-    if differing:
-        word = (_NEWLY if candidate.is_bad else _NO_LONGER)[candidate.side]
-        return ("worse" if candidate.is_bad else "better"), f"{word} against {' and '.join(differing)}"
-    if rows[references[0]].response != candidate.response:
-        return "reworded", "other words, same grade"
-    return "same", "unchanged"
+def _clip(text: str, max_chars: int) -> str:
+    rest = len(text) - max_chars
+    return visible(text) if rest <= 0 else visible(text[:max_chars]) + f"\n… {rest:,} more characters in grades.jsonl"

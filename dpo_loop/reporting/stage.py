@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_loop.artifacts import Stage, read_manifest, sha256_file
-from dpo_loop.exchange import GATE_REPORT, METRICS, read_gate_report, read_grades, read_prompts
+from dpo_loop.exchange import COMPARISONS, GATE_REPORT, METRICS, read_comparisons, read_gate_report, read_grades, read_prompts
 from dpo_loop.files import write_text
 from dpo_loop.progress import say
-from dpo_loop.reporting.page import RoundData, StageFigures, render_report
+from dpo_loop.reporting.answers import Case, cases_of
+from dpo_loop.reporting.health import StageFigures
+from dpo_loop.reporting.page import RoundData, render_report
 from dpo_loop.reporting.samples import samples_of
-from dpo_loop.types import RoundSummary, StageOutcome, Tally
+from dpo_loop.types import RoundSummary, StageManifest, StageOutcome, Tally
 
 PAGE = "report.html"
 
@@ -32,8 +34,14 @@ def _report(
     train: Path | None,
     history: tuple[RoundSummary, ...],
     seconds: dict[str, float],
+    more_prompts: Path | None = None,
+    more_grades: Path | None = None,
+    redact: bool = True,
 ) -> StageOutcome:
-    shown, total = samples_of(read_prompts(prompts), read_grades(grades)) if prompts and grades else ([], 0)
+    """more_prompts, more_grades: the reserve, where the gate asked it too. redact False: see `samples.samples_of`."""
+    cases = [*_cases(prompts, grades), *_cases(more_prompts, more_grades)]
+    samples = samples_of(cases, redact=redact)
+    made = dict(_manifests(judging=judgements, pairing=pairs, training=train, grading=grades, gate=gate))
     data = RoundData(
         run_id=run_id,
         run_dir=_as_typed(out.parents[2]),
@@ -42,21 +50,22 @@ def _report(
         gate_sha256=None if gate is None else sha256_file(gate / GATE_REPORT),
         history=history,
         seconds=seconds,
-        stages=tuple(_figures(judging=judgements, pairing=pairs, training=train, grading=grades)),
+        stages=tuple(StageFigures(name, m.outcome, m.key, m.version, m.finished_at) for name, m in made.items()),
+        versions={package: version for m in made.values() for package, version in m.versions.items()},
         training=_metrics(train),
-        samples=shown,
-        num_samples=total,
+        cases=cases,
+        samples=samples,
     )
     page = render_report(data)
     write_text(out / PAGE, page)
-    say(f"report: {len(shown)} of {total} samples, {len(page.encode()) / 1e6:.2f} MB")
+    say(f"report: {len(samples.shown)} of {samples.total} samples, {len(page.encode()) / 1e6:.2f} MB")
+    parts = {"shown": len(samples.shown), "left out for size": samples.num_left_out, "sealed": samples.num_sealed}
     return StageOutcome(
-        tallies=(Tally(of="samples", total=total, parts={"shown": len(shown), "left out for size": total - len(shown)}),),
-        metrics={"size_bytes": len(page.encode())},
+        tallies=(Tally(of="samples", total=samples.total, parts=parts),), metrics={"size_bytes": len(page.encode())}
     )
 
 
-REPORT = Stage("report", 2, _report)
+REPORT = Stage("report", 3, _report)
 
 
 def _as_typed(run: Path) -> str:
@@ -65,11 +74,18 @@ def _as_typed(run: Path) -> str:
     return str(run.resolve()) if relative.startswith("..") else relative
 
 
-def _figures(**stages: Path | None) -> Iterator[StageFigures]:
+def _cases(prompts: Path | None, grades: Path | None) -> list[Case]:
+    if prompts is None or grades is None:
+        return []
+    compared = read_comparisons(grades) if (grades / COMPARISONS).is_file() else ()
+    return cases_of(read_prompts(prompts), read_grades(grades), compared)
+
+
+def _manifests(**stages: Path | None) -> Iterator[tuple[str, StageManifest]]:
     for name, path in stages.items():
         manifest = None if path is None else read_manifest(path)
         if manifest is not None:
-            yield StageFigures(name, manifest.outcome)
+            yield name, manifest
 
 
 def _metrics(train: Path | None) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def _tick(at: float, value: float, *, paired: bool) -> str:
 
 
 def _spoken(check: CheckResult, estimate: float, limit: float) -> str:
-    unit = "points" if check.rule == "non_inferior" else "percent"
+    unit = "points" if check.rule == "non_inferior" and check.metric != "perplexity" else "percent"
     return (
         f"{check.id}: {100 * estimate:.1f} {unit}, interval {100 * (check.ci_low or 0):.1f} to {100 * (check.ci_high or 0):.1f}, "
         f"limit {100 * limit:.1f}: {check.state.value}"

@@ -9,7 +9,7 @@ from typing import Any
 _CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-_FOR_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&'\u2028\u2029"}
+_FOR_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def visible(text: str) -> str:
@@ -50,6 +50,19 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def dollars(cost: float | None) -> str:
+    if cost is None:
+        return "not known"
+    return f"${cost:.2f}" if cost >= 0.01 or cost == 0 else "< $0.01"
+
+
+def flat(value: Any, name: str = "") -> dict[str, str]:
+    """Nested figures as one level of words: {"engine": {"seed": 1}} is {"engine seed": "1"}."""
+    if isinstance(value, dict):
+        return {key: told for inner, item in value.items() for key, told in flat(item, f"{name} {inner}".strip()).items()}
+    return {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list | tuple) else figure(value)}
 
 
 def figure(value: Any) -> str:

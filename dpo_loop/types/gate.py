@@ -74,6 +74,23 @@ class CapabilityRow(Record):
     response: str = ""
 
 
+class Conditions(Record):
+    """Under which one policy answered the evaluation: what must be equal for all that are compared, but for the policy itself.
+
+    prompts_sha256: of the ids that were asked, sorted. canary: the figures that showed that the engine serves the policy's adapter; None for a bare
+    base without one. has_adapter: whether there was an adapter to be served.
+    """
+
+    policy_key: str
+    has_adapter: bool
+    canary: dict[str, float | int | None] | None
+    prompts_sha256: str
+    template_sha256: str
+    decoding: dict[str, float | int]
+    engine: dict[str, Any]
+    versions: dict[str, str]
+
+
 class JudgeCanary(Record):
     """How a grader of safety did on answers whose right grade is known, this round. Rates in 0..1; None where there is nothing to take one of.
 
@@ -117,6 +134,14 @@ class Waiver(Record):
     waived_at: str
 
 
+class Terms(Record):
+    """What people have decided about a round before it began, and holds for all of it."""
+
+    anchor_round: int = 0
+    """Whose policy is the anchor: the start policy, or that of the promoted round to which a person moved it."""
+    waivers: tuple[Waiver, ...] = ()
+
+
 class GateState(StrEnum):
     """Worst wins: INVALID > FAIL > NEEDS_REVIEW > INCONCLUSIVE > PASS. All but PASS keep the previous policy."""
 
@@ -136,7 +161,10 @@ class GateState(StrEnum):
 
 
 class CheckResult(Record):
-    """One check of the gate. Rates in 0..1; delta = candidate - reference; interval is of delta for paired rules, else of value."""
+    """One check of the gate. Rates in 0..1; delta = candidate - reference; interval is of delta for paired rules, else of value.
+
+    Of a perplexity, value and reference are perplexities, and delta, interval and margin the relative rise.
+    """
 
     id: str
     metric: str

@@ -47,7 +47,20 @@ class Graded(Record):
     rationale: str = ""
 
 
-Outcome = Decided | Graded | Undecided
+SafetyLabel = Literal["refusal", "partial", "compliance"]
+"""What an answer does with a request, whether or not the request is harmful: gives nothing of it, a part, or what was asked."""
+
+
+class Classified(Record):
+    """One answer looked at alone: what it does with its request. label_mass: as of Decided."""
+
+    kind: Literal["classified"] = "classified"
+    label: SafetyLabel
+    label_mass: float | None = None
+    rationale: str = ""
+
+
+Outcome = Decided | Graded | Classified | Undecided
 
 
 class Usage(Record):
@@ -65,7 +78,7 @@ class Usage(Record):
 
 
 class Ballot(Record):
-    """One judge call. left_id and right_id are the completions *as shown*; right_id None: `left` was graded alone."""
+    """One judge call. left_id and right_id are the completions *as shown*; right_id None: `left` was looked at alone."""
 
     key: str
     prompt_id: str

@@ -21,7 +21,7 @@ from judges.backend import JudgeRequest
 from judges.batches.store import BatchStore, ended
 from judges.batches.vendor import LATER, NEVER_RAN, BatchGoneError, BatchState, BatchVendor, Line, Look, Plan, Row
 from judges.budget import Purse
-from judges.config import ApiBatch, RemoteJudge
+from judges.config import ApiBatch, RemoteModel
 from judges.dialect import Billing, Dialect, words_of
 from judges.figures import spaced
 from judges.prices import Price
@@ -39,7 +39,7 @@ Made = TypeVar("Made")
 class Desk:
     """What all batches of one judge share."""
 
-    config: RemoteJudge
+    config: RemoteModel
     batch: ApiBatch
     dialect: Dialect
     vendor: BatchVendor

@@ -21,7 +21,7 @@ from judges.batches.play import BatchPlay, Desk, Played, problem_of
 from judges.batches.store import BatchStore, ended
 from judges.batches.vendor import NEVER_RAN, BatchVendor, Line, Plan, Row, line_id
 from judges.budget import Purse
-from judges.config import ApiBatch, RemoteJudge, VllmRunBatchJudge
+from judges.config import ApiBatch, RemoteModel, VllmRunBatchJudge
 from judges.dialect import Answer, Billing, Dialect, unavailable
 from judges.direct import num_bytes
 from judges.prices import FREE, to_usd
@@ -49,7 +49,7 @@ class BatchSender:
 
     in_waves = True
 
-    def __init__(self, config: RemoteJudge, dialect: Dialect, vendor: BatchVendor, purse: Purse, store: BatchStore) -> None:
+    def __init__(self, config: RemoteModel, dialect: Dialect, vendor: BatchVendor, purse: Purse, store: BatchStore) -> None:
         price = FREE if config.free else purse.price_of(config.model)
         self._batch = _settings_of(config)
         self._desk = Desk(config, self._batch, dialect, vendor, purse, store, price)
@@ -218,7 +218,7 @@ class BatchSender:
                 await self._desk.purse.end_batch(plan.id, spent=0, num_billed=num, num_unknown=num, also=ended(plan, {}))
 
 
-def _settings_of(config: RemoteJudge) -> ApiBatch:
+def _settings_of(config: RemoteModel) -> ApiBatch:
     if isinstance(config, VllmRunBatchJudge):
         return ApiBatch(max_calls=min(50_000, config.max_calls), gather_s=2.0, poll_s=2.0, hand_over_s=0.0, queue_s=0.0)
     return config.batch or ApiBatch()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 from dpo_loop.config import CheckConfig, GateConfig
+from dpo_loop.evaluation.context import Context
+from dpo_loop.evaluation.decision import judge_candidate
 from dpo_loop.evaluation.evidence import Evidence
-from dpo_loop.evaluation.stage import judge_candidate
 from dpo_loop.types import (
     Comparison,
     FinishReason,
@@ -96,15 +98,11 @@ def decide(
     candidate: PolicyRef = CANDIDATE,
     previous: PolicyRef = PREVIOUS,
     heuristic_safety: bool = False,
+    **known: Any,
 ) -> GateReport:
+    """known: further fields of the gate's Context."""
     evidence = Evidence(prompts, rows, compare_all(prompts) if comparisons is None else comparisons, alpha=config.alpha)
-    return judge_candidate(
-        evidence,
-        config,
-        candidate=candidate,
-        previous=previous,
-        anchor=ANCHOR,
-        heuristic_safety=heuristic_safety,
-        run_id="test",
-        round=1,
+    context = Context(
+        candidate=candidate, previous=previous, anchor=ANCHOR, heuristic_safety=heuristic_safety, run_id="test", round=1, **known
     )
+    return judge_candidate(evidence, config, context)

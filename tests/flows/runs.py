@@ -11,7 +11,8 @@ from dpo_loop.files import write_json, write_text
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import write_policy
 from dpo_loop.types import GateReport, GateState, PolicyRef, StageOutcome
-from flows.config import RunConfig, resolve_paths
+from flows.config import RunConfig
+from flows.paths import resolve_paths
 from flows.rounds import adopt_config, begin_round, finish_round
 from flows.steps import run_step
 

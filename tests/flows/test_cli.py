@@ -57,7 +57,22 @@ def test_only_the_flows_themselves_load_prefect(module: str) -> None:
 
 def test_help_names_every_command() -> None:
     done = cli("--help")
-    for command in ("demo", "run", "round", "step", "status", "show", "approve", "reject", "doctor"):
+    for command in (
+        "demo",
+        "run",
+        "round",
+        "step",
+        "status",
+        "show",
+        "approve",
+        "reject",
+        "gate",
+        "report",
+        "export",
+        "card",
+        "serve-report",
+        "doctor",
+    ):
         assert f"  {command} " in done.stdout
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from flows.config import resolve_paths
-from flows.preflight import preflight, warnings
+from flows.judge_checks import warnings
+from flows.paths import resolve_paths
+from flows.preflight import preflight
 from flows.progress import redactor
 from tests.flows.runs import raw_config, small_config
 

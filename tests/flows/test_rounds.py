@@ -14,6 +14,7 @@ from dpo_loop.layout import RunDir
 from dpo_loop.types import GateState
 from flows.approval import decide
 from flows.failures import StageFailure
+from flows.inputs import pinned_parent
 from flows.rounds import (
     RoundState,
     Stop,
@@ -28,7 +29,7 @@ from flows.rounds import (
     stop_reason,
     verify_rounds,
 )
-from flows.steps import invalid_reasons, pinned_parent, plan, read_run_config
+from flows.steps import invalid_reasons, plan, read_run_config
 from flows.summary import history_for_report, row_of
 from tests.flows.runs import POLICY, judged_round, played_round, publish, started_run, trained_policy
 

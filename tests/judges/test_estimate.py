@@ -10,10 +10,21 @@ import pytest
 from click.testing import CliRunner
 
 from dpo_loop.artifacts import materialize, read_manifest
+from dpo_loop.types import Side
 from flows.cli import main
 from judges.accounts import Accounts, BudgetConfig
-from judges.config import Knockout, PanelJudge, Pointwise, RoundRobin, VerifierJudge
-from judges.estimate import Work, as_json, estimate, looks_of
+from judges.config import (
+    BySideGrader,
+    GuardGrader,
+    JudgeGrader,
+    Knockout,
+    PanelJudge,
+    Pointwise,
+    RefusalHeuristic,
+    RoundRobin,
+    VerifierJudge,
+)
+from judges.estimate import Work, as_json, estimate, looks_of, safety_works
 from judges.selftest.golden import load_golden, trials_of
 from judges.stage import judge_stage
 from tests.flows.runs import raw_config, write_config
@@ -65,6 +76,21 @@ def test_a_panel_s_later_judges_count_only_at_most(tmp_path: Path, stub: Stub) -
     told = as_json(rows, prices(tmp_path))
     assert told["usd"] == pytest.approx(rows[0].usd + rows[1].usd)
     assert told["usd_at_most"] > rows[2].usd_at_most > 0
+
+
+def test_grading_safety_is_one_call_an_answer_and_the_canary(tmp_path: Path, stub: Stub) -> None:
+    judge = JudgeGrader(kind="judge", judge=stub.judge(free=False, max_output_tokens=64))
+    sizes = {"prompt_bytes": 40, "answer_tokens": 8}
+    num = {Side.HARMFUL: 100, Side.BENIGN: 50, Side.TASK: 900}
+    [row] = estimate(safety_works(judge, num, **sizes), prices(tmp_path))
+    assert row.calls == row.calls_at_most == 150 + 60
+    [pair] = estimate([Work("labels", judge.judge, 105, 0, **sizes)], prices(tmp_path))
+    assert (pair.calls, 0 < row.usd < pair.usd) == (210, True), "one answer is shown, not two"
+    where = {"kind": "guard", "format": "shieldgemma", "model": "big", "base_url": stub.base_url, "api_key_env": KEY_ENV}
+    guard = GuardGrader.model_validate(where | {"free": False})
+    rows = estimate(safety_works(BySideGrader(kind="by_side", harmful=guard, benign=judge), num, **sizes), prices(tmp_path))
+    assert [(row.judge, row.calls) for row in rows] == [("guard:big", 100 + 42), ("openai_compatible:judge", 50 + 13)]
+    assert safety_works(RefusalHeuristic(kind="heuristic"), num, **sizes) == []
 
 
 def test_programs_and_free_servers_cost_nothing(tmp_path: Path, stub: Stub) -> None:

@@ -11,7 +11,7 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.types import Grade, Prompt, Side, VerdictKind
 from judges.accounts import Accounts
 from judges.config import GradingConfig, RefusalHeuristic, VerifierGrader, VerifierJudge
-from judges.graders import refusal_heuristic, safety_grader, task_grader
+from judges.graders import refusal_heuristic, safety_program, task_grader
 from judges.grading import grade_stage
 from tests.judges.stub import Stub, chat, says
 from tests.judges.world import make_prompt, write_answers, write_prompts
@@ -40,7 +40,7 @@ def grade(run: Path, answers: dict[str, list[str] | None], grading: GradingConfi
             run / policy, [(p, [text]) for p, text in zip(EVALSET, texts, strict=False)], policy=policy
         )  # type: ignore[assignment]
     stage = grade_stage(Accounts(run / "ledger.sqlite"))
-    materialize(stage, run / "grade", prompts=run / "evalset", grading=grading, judge=judge, seed=0, **given)
+    materialize(stage, run / "grade", prompts=run / "evalset", grading=grading, judge=judge, round=0, seed=0, **given)
     return run / "grade"
 
 
@@ -85,7 +85,7 @@ def test_why_there_is_no_answer_comes_with_the_row(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "candidate" / DROPPED, [{"prompt_id": EVALSET[4].id, "reason": PROMPT_TOO_LONG}])
     given = {"prompts": tmp_path / "evalset", "candidate": tmp_path / "candidate", "previous": None, "anchor": None}
     stage = grade_stage(Accounts(tmp_path / "ledger.sqlite"))
-    materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, seed=0, **given)
+    materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, round=0, seed=0, **given)
     assert [row.no_answer for row in read_grades(tmp_path / "grade")] == ["", "", "", "", PROMPT_TOO_LONG, "missing"]
 
 
@@ -139,17 +139,17 @@ def test_an_evaluation_with_two_answers_to_a_prompt_is_refused(tmp_path: Path) -
     stage = grade_stage(Accounts(tmp_path / "ledger.sqlite"))
     given = {"prompts": tmp_path / "evalset", "candidate": tmp_path / "candidate", "previous": None, "anchor": None}
     with pytest.raises(CorruptArtifactError, match="twice"):
-        materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, seed=0, **given)
+        materialize(stage, tmp_path / "grade", grading=GradingConfig(safety=HEURISTIC), judge=JUDGE, round=0, seed=0, **given)
 
 
 @pytest.mark.parametrize("function", ["num_a", "returns_a_word", "raises"])
 def test_a_safety_grader_that_returns_anything_else_is_named(function: str) -> None:
     with pytest.raises(InputError, match=f"verifier tests.judges.world:{function}"):
-        safety_grader(grader(function))(HARMFUL[0], "text")
+        safety_program(grader(function))(HARMFUL[0], "text")
 
 
 def test_a_grader_that_cannot_tell_leaves_the_answer_unscored() -> None:
-    assert safety_grader(grader("cannot_tell"))(HARMFUL[0], "text") is None
+    assert safety_program(grader("cannot_tell"))(HARMFUL[0], "text") is None
     assert task_grader(grader("cannot_tell"))(TASKS[0], "text") is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_loop.errors import InputError
-from judges import stage
+from judges import grading, stage
 from judges.asker import key_of, question_of
-from judges.backend import JudgeRequest
-from judges.rubric import LAYOUT, load_rubric, render, reply_in_json
+from judges.backend import JudgeRequest, Question
+from judges.rubric import CLASSIFICATION, LAYOUT, load_rubric, render, reply_in_json, schema_of
+from judges.vllm_label import TASK
 from tests.judges.world import make_prompt
 
 RUBRIC = load_rubric("helpfulness")
+NAMES = ["helpfulness", "harmlessness", "correctness", "refusal-harm"]
 
 
 def shown(left: str, right: str, *, prompt: str = "Say hello") -> str:
@@ -79,12 +82,29 @@ def test_a_changed_rubric_or_layout_comes_with_a_new_version_of_the_judge_stage(
     assert (RUBRIC.sha256[:16], RUBRIC.version, LAYOUT, stage.VERSION) == ("524523e006a905cf", 2, 3, 4)
 
 
+def test_a_changed_way_to_ask_for_a_class_is_another_question() -> None:
+    # If this fails: bump CLASSIFICATION, VERSION in judges/grading.py, and the rubric's own version, then pin the new values here.
+    rubric = load_rubric("refusal-harm")
+    prompt = make_prompt("Say hello")
+    request = JudgeRequest(key="k" * 64, prompt=prompt, left="x", right=None, is_classified=True)
+    asked = hashlib.sha256(f"{reply_in_json(request)}{schema_of(request)}{TASK[Question.CLASSIFY]}".encode()).hexdigest()[:16]
+    assert (rubric.sha256[:16], rubric.version, asked, CLASSIFICATION, grading.VERSION) == (
+        "533f7b9eac510aa7",
+        1,
+        "3eb35befc1c9dd9a",
+        1,
+        5,
+    )
+    as_class = key_of(question_of(rubric.identity, prompt, "x", None, is_classified=True))
+    assert as_class != key_of(question_of(rubric.identity, prompt, "x", None))
+
+
 def test_an_unknown_rubric_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="kindness"):
         load_rubric("kindness")
 
 
-@pytest.mark.parametrize("name", ["helpfulness", "harmlessness", "correctness"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_rubric_reads_and_asks_for_one_grade_of_an_answer_alone(name: str) -> None:
     rubric = load_rubric(name)
     prompt = make_prompt("2 + 2?", reference="4, of course")
@@ -94,7 +114,7 @@ def test_every_rubric_reads_and_asks_for_one_grade_of_an_answer_alone(name: str)
     assert ("4, of course" in user["content"]) == rubric.needs_reference == (name == "correctness")
 
 
-@pytest.mark.parametrize("name", ["helpfulness", "harmlessness", "correctness"])
+@pytest.mark.parametrize("name", NAMES)
 def test_how_to_reply_is_said_by_the_request_alone(name: str) -> None:
     """The same rubric serves verdicts, grades, replies without a rationale, and label probabilities."""
     said = load_rubric(name).text.lower()

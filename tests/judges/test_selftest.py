@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dpo_loop.errors import JudgeUnavailableError, JudgeUnfitError
-from flows.preflight import warnings
+from flows.judge_checks import warnings
 from flows.rounds import adopt_config
 from flows.steps import is_current, run_step, stages_of
 from flows.summary import row_of

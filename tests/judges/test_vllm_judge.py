@@ -1,4 +1,4 @@
-"""Three kinds of judge against one real vLLM server with a random model: the grammar makes its verdicts valid, nothing makes them wise."""
+"""Three kinds of judge, and three formats of guards, against one real vLLM server with a random model: the grammar makes its verdicts valid, nothing makes them wise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import pytest
 from dpo_loop.artifacts import materialize, read_manifest
 from dpo_loop.errors import JudgeError
 from dpo_loop.exchange import read_ballots, read_judgements
-from dpo_loop.types import Ballot, Decided
+from dpo_loop.types import Ballot, Classified, Decided, UndecidedReason
 from judges.accounts import Accounts
-from judges.config import AnthropicJudge, JudgingConfig, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
+from judges.config import AnthropicJudge, GuardGrader, JudgingConfig, OpenAICompatibleJudge, RemoteJudge, VllmLabelJudge
 from judges.stage import judge_stage
 from tests.builders import build_model
+from tests.judges.asking import HARMFUL, ask, reason_of
 from tests.judges.stub import KEY_ENV
 from tests.judges.world import make_prompt, write_answers, write_prompts
 
@@ -146,6 +147,27 @@ def test_a_real_server_gives_verdicts_that_the_schema_constrains(
     manifest = read_manifest(tmp_path / "again")
     assert manifest is not None
     assert manifest.outcome.metrics["calls_asked"] == 0
+
+
+def test_a_real_server_classifies_by_the_schema_and_by_label_probabilities(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_ENV, "local-key")
+    where = {"kind": "vllm_label", "base_url": server, "min_label_mass": 0.0, "rubric": "refusal-harm"}
+    for judge in (judge_at(server, rubric="refusal-harm"), VllmLabelJudge.model_validate(PATIENT | where)):
+        [reply] = ask(judge, request=HARMFUL)
+        assert isinstance(reply.outcome, Classified), reply
+        assert reply.usage.input_tokens > 100
+
+
+@pytest.mark.parametrize("form", ["llama_guard", "shieldgemma", "wildguard"])
+def test_a_real_server_takes_the_requests_of_every_guard_and_a_random_model_is_no_guard(
+    server: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_ENV, "local-key")
+    [reply] = ask(GuardGrader.model_validate(PATIENT | {"kind": "guard", "format": form, "base_url": server}), request=HARMFUL)
+    assert reason_of(reply) in (UndecidedReason.MALFORMED, UndecidedReason.TRUNCATED)
+    assert (reply.served_model, reply.attempts) == ("tiny", 2)
+    assert reply.usage.input_tokens > 20, "the model was asked, and its reply was read"
+    assert form != "shieldgemma" or "P(Yes) + P(No) is" in reply.outcome.detail
 
 
 def test_a_real_server_says_in_its_own_words_what_is_wrong(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

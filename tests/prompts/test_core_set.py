@@ -21,8 +21,8 @@ from dpo_loop.prompts.builtin import CoreRow, builtin_file
 from dpo_loop.prompts.pool import read_pool
 from dpo_loop.prompts.stage import EVALSET, PROMPTS
 from dpo_loop.types import Grade, Side
-from flows.config import resolve_paths
 from flows.estimate import works_of
+from flows.paths import resolve_paths
 from flows.preflight import check
 from flows.steps import run_step
 from tests.flows.runs import raw_config, started_run
@@ -139,7 +139,7 @@ def test_the_readme_counts_what_is_there() -> None:
 
 def test_the_judge_canary_has_sixty_labelled_answers_of_every_kind() -> None:
     assert [row["prompt_id"] for row in CANARY_ROWS] == [f"judge-canary-v1-{n:02d}" for n in range(1, 61)]
-    assert all(set(row) == {"prompt_id", "prompt", "response", "label", "kind"} for row in CANARY_ROWS)
+    assert all(set(row) == {"prompt_id", "prompt", "response", "label", "kind", "side"} for row in CANARY_ROWS)
     assert {row["label"] for row in CANARY_ROWS} == {Grade.REFUSAL, Grade.PARTIAL, Grade.COMPLIANCE}
     assert min(Counter(row["label"] for row in CANARY_ROWS).values()) >= 5
     always = {"disclaimer_then_comply": "compliance", "fiction_wrapper": "compliance", "refusal_with_alternative": "refusal"}
@@ -177,7 +177,10 @@ def test_a_split_is_read_with_what_the_evaluation_needs_to_know(split: str, num:
         "cluster_id": rows[0].cluster_id,
         "severity": str(rows[0].severity),
         "expected": "refuse",
+        **({"sealed": "true"} if rows[0].sealed else {}),
     }
+    assert [prompt.tags.get("sealed") for prompt in contents.prompts] == ["true" if row.sealed else None for row in rows]
+    assert contents.licence == "CC0-1.0"
 
 
 def test_it_is_carved_into_the_evaluation_set_and_its_content_is_in_the_stages_key(tmp_path: Path) -> None:

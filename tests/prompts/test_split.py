@@ -126,7 +126,13 @@ def test_every_line_of_every_file_is_accounted_for(tmp_path: Path) -> None:
     (pool,) = manifests[0].outcome.tallies
     assert with_set[0].outcome.tallies[0] == pool
     assert with_set[0].outcome.tallies[1].parts == {"taken": 3, "already_there": 1}
-    assert with_set[0].outcome.metrics == {"num_prompts": 43, "num_task": 40, "num_harmful": 3, "num_benign": 0}
+    assert with_set[0].outcome.metrics == {
+        "num_prompts": 43,
+        "num_task": 40,
+        "num_harmful": 3,
+        "num_benign": 0,
+        "num_sets_skipped": 0,
+    }
     held_out = pool.parts["held_out"] + pool.parts["beyond_max_eval"]
     assert held_out + pool.parts["for_rounds"] == pool.total == 300
     (before,), (after,) = manifests[1].outcome.tallies, with_set[1].outcome.tallies

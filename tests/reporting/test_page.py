@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,10 +14,13 @@ import pytest
 
 from dpo_loop.artifacts import materialize
 from dpo_loop.evaluation.stage import GATE_INVALID
+from dpo_loop.reporting.page import RoundData, render_report
+from dpo_loop.reporting.samples import samples_of
 from dpo_loop.reporting.stage import REPORT
-from dpo_loop.types import GateState, PolicyRef, RoundSummary
+from dpo_loop.types import GateState, PolicyRef, RoundSummary, Side
+from tests.reporting.cases import case
 from tests.reporting.conftest import HOSTILE, Played
-from tests.reporting.rounds import Flaws, Run
+from tests.reporting.rounds import SEALED, Flaws, Run
 
 
 class Page(HTMLParser):
@@ -56,7 +57,7 @@ class Page(HTMLParser):
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        return json.loads(next(text for attrs, text in self.raw if attrs.get("id") == "samples-data"))
+        return json.loads(next(text for attrs, text in self.raw if attrs.get("id") == "samples-data"))["samples"]
 
 
 def attributes(page: Page, name: str) -> Iterator[str]:
@@ -94,18 +95,18 @@ def test_trends_begin_with_the_second_graded_round_and_training_curves_follow_th
         [attrs["aria-label"] for tag, attrs in Page(html).elements if tag == "svg" and attrs.get("class") == "chart"]
         for html in played.pages
     ]
-    assert titles[0] == []
+    assert [title.split(" by ")[0] for title in titles[0]] == ["Length of answers"]
     assert [title.split(" by ")[0] for title in titles[3]] == [
-        *("Pass rate", "Win rate", "Harm and over-refusal"),
+        *("Harmful compliance and over-refusal", "Pass rate", "Win rate", "Harm and over-refusal", "Length of answers"),
         *("Loss", "Reward margin", "Log-prob change per token", "Preference accuracy", "KL estimate", "Gradient norm"),
     ]
-    assert "chosen: " in titles[3][5]
-    assert "rejected: " in titles[3][5]
+    assert "chosen: " in titles[3][7]
+    assert "rejected: " in titles[3][7]
 
 
 def test_counts_rates_and_seconds_are_shown(played: Played) -> None:
     text = Page(played.pages[1]).text
-    assert "judging: 800 prompts" in text
+    assert "Judging: 800 prompts" in text
     assert "pairs 512" in text
     assert "generate 1 min 01 s" in text
     assert "win rate against anchor" in text
@@ -115,7 +116,7 @@ def test_counts_rates_and_seconds_are_shown(played: Played) -> None:
 
 def test_changed_samples_come_first_side_by_side(played: Played) -> None:
     samples = Page(played.pages[2]).samples
-    assert len(samples) == 600
+    assert len(samples) == 600 - 2 * len(SEALED)
     order = [sample["change"] for sample in samples]
     assert order == sorted(order, key=["worse", "better", "reworded", "same"].index)
     assert (samples[0]["side"], samples[0]["change"]) == ("harmful", "worse")
@@ -159,7 +160,9 @@ def test_ids_are_unique_and_references_resolve(played: Played) -> None:
         page = Page(html)
         ids = list(attributes(page, "id"))
         assert len(ids) == len(set(ids))
-        wanted = {href[1:] for href in attributes(page, "href") if href.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", html))
+        wanted = {href[1:].partition("?")[0] for href in attributes(page, "href") if href.startswith("#")} | set(
+            re.findall(r"url\(#([^)]+)\)", html)
+        )
         assert wanted <= set(ids)
 
 
@@ -170,10 +173,10 @@ def test_hostile_answers_are_data_and_never_markup(played: Played) -> None:
     assert not set(html) & set("\x00\u202e\u2028")
     page = Page(html)
     by_prompt = {sample["id"]: sample for sample in page.samples}
-    shown = by_prompt[played.run.prompts[0].id]["answers"]["candidate"][0]
+    shown = by_prompt[played.run.prompts[0].id]["texts"][-1]
     assert shown == HOSTILE.replace("\x00", "␀").replace("\u202e", "⟨U+202E⟩").replace("\u2028", "⟨U+2028⟩")
     assert "49" not in shown
-    long = by_prompt[played.run.prompts[1].id]["answers"]["candidate"][0]
+    long = by_prompt[played.run.prompts[1].id]["texts"][-1]
     assert len(long) < 4_100
     assert long.endswith("196,000 more characters in grades.jsonl")
 
@@ -218,33 +221,20 @@ def test_a_page_can_be_made_from_nothing_and_from_any_single_stage(played: Playe
         assert Page(render(tmp_path, 1, **without)).text
 
 
-def test_a_page_stays_below_three_megabytes_and_says_what_it_left_out(tmp_path: Path) -> None:
-    run = Run(tmp_path, num_each=230)
-    inputs = run.play(0, {"candidate": Flaws()}, overrides={prompt.id: f"{i} " * 2_000 for i, prompt in enumerate(run.prompts)})
+def test_a_page_stays_below_three_megabytes_and_has_something_of_every_sample(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_each=900)
+    inputs = run.play(0, {"candidate": Flaws()}, overrides={prompt.id: f"{i} € " * 2_000 for i, prompt in enumerate(run.prompts)})
     manifest = materialize(REPORT, run.report_dir(0), **inputs)
     page = (run.report_dir(0) / "report.html").read_text(encoding="utf-8")
     assert len(page.encode()) < 3_000_000
-    shown = manifest.outcome.tallies[0].parts["shown"]
-    assert 400 < shown < 690
-    assert f"{shown} of 690 fit into this page" in Page(page).text
+    sealed = 2 * len(SEALED)
+    assert manifest.outcome.tallies[0].parts == {"shown": 2_700 - sealed, "left out for size": 0, "sealed": sealed}
+    assert "more characters in grades.jsonl" in Page(page).samples[-1]["texts"][0]
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_a_browser_shows_hostile_text_as_text_and_logs_no_error(played: Played, tmp_path: Path) -> None:
-    page = played.run.report_dir(1) / "report.html"
-    sample = f"{page.as_uri()}#p-{played.run.prompts[0].id}"
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = [str(BROWSER), *quiet.split(), f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom", sample]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    dom = Page(done.stdout)
-    assert "CONSOLE" not in done.stderr
-    assert "samples shown" in dom.text
-    assert "{{ 7*7 }}" in dom.text
-    assert "<script>document.title='owned'</script>" in dom.text
-    assert not [tag for tag, _ in dom.elements if tag == "img"]
-    assert "owned" not in re.findall(r"<title>(.*?)</title>", done.stdout)[0]
-    assert dom.text.count("Show answers to this harmful prompt") > 0
+def test_a_page_says_how_many_samples_it_left_out() -> None:
+    cases = [case(Side.TASK, "+", texts=("word " * 100,), ask=str(i)) for i in range(9)]
+    samples = samples_of(cases, max_bytes=1_500)
+    assert 0 < len(samples.shown) < 9
+    html = render_report(RoundData(run_id="r", run_dir="r", round=0, cases=cases, samples=samples))
+    assert f"{len(samples.shown)} of 9 fit into this page; all are in grades.jsonl" in Page(html).text

@@ -1,4 +1,4 @@
-"""Configuration of judges and graders. A judge compares two answers; a grader looks at one."""
+"""Judges, who compare two answers, and how K answers become one comparison."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ class ApiBatch(Settings):
     give_up: tuple[str, ...] = ()
 
 
-class RemoteJudge(Settings):
-    """What all judges behind a network share. api_key_env names an environment variable; the key itself is never stored.
+class RemoteModel(Settings):
+    """What all judges and guards behind a network share. api_key_env names an environment variable; the key itself is never stored.
 
     revision: what is behind a name whose weights may change (a retrained local model, an alias); another one is asked anew.
-    family: of models it is one of, as its maker calls it; a panel gives every family the same weight. rubric: one of judges/rubrics, or the
-    path of a Markdown file of one's own. rationale False: the verdict alone, cheaper. concurrency: the most calls at once; how
-    many a server really bears is found by trying, from start_concurrency on. attempt_timeout_s bounds one attempt, deadline_s all
-    attempts and pauses of a call together. free: it costs nothing, so no price is looked for. outage_s: without any answer for so
+    family: of models it is one of, as its maker calls it; a panel gives every family the same weight. concurrency: the most calls at
+    once; how many a server really bears is found by trying, from start_concurrency on. attempt_timeout_s bounds one attempt, deadline_s
+    all attempts and pauses of a call together. free: it costs nothing, so no price is looked for. outage_s: without any answer for so
     long, the stage ends, to be resumed.
     """
 
@@ -65,8 +64,6 @@ class RemoteJudge(Settings):
     base_url: str
     api_key_env: str
     family: str = ""
-    rubric: str = "helpfulness"
-    rationale: bool = True
     max_output_tokens: int = Field(1_024, ge=1)
     concurrency: int = Field(64, ge=1, le=1_000)
     start_concurrency: int = Field(8, ge=1)
@@ -76,6 +73,14 @@ class RemoteJudge(Settings):
     free: bool = False
     outage_s: float = Field(120.0, ge=0)
     batch: ApiBatch | None = None
+
+
+class RemoteJudge(RemoteModel):
+    """A model that is shown a rubric. rubric: one of judges/rubrics, or the path of a Markdown file of one's own. rationale False: the
+    verdict alone, cheaper."""
+
+    rubric: str = "helpfulness"
+    rationale: bool = True
 
 
 Effort = Literal["minimal", "low", "medium", "high", "xhigh", "max"]
@@ -217,32 +222,3 @@ class JudgingConfig(Settings):
 
     selection: Selection = Knockout()
     prefilter: bool | None = None
-
-
-class VerifierGrader(Settings):
-    """A program that grades one answer.
-
-    For tasks: function(prompt: Prompt, text: str) -> float in 0..1, passed at 1.0. For safety: function(prompt, text) ->
-    "refusal" | "partial" | "compliance". None from either means that it cannot tell: the answer is unscored.
-    """
-
-    kind: Literal["verifier"]
-    function: ModuleFunction
-
-
-class RefusalHeuristic(Settings):
-    """Phrases that open a refusal. Flagged in the report; a round cannot PASS on it unless the gate config allows it."""
-
-    kind: Literal["heuristic"]
-
-
-SafetyGrader = Annotated[VerifierGrader | RefusalHeuristic, Field(discriminator="kind")]
-
-
-class GradingConfig(Settings):
-    """How evaluation answers are graded. win_judge None: the preference judge also decides win rates."""
-
-    win_judge: Judge | None = None
-    task: VerifierGrader | None = None
-    """None: no pass rate; win rate alone says whether the policy gets better."""
-    safety: SafetyGrader

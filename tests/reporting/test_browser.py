@@ -1,0 +1,313 @@
+"""The page in a real browser: the system's Chromium, driven by playwright; axe-core says what a reader with other senses would stumble over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from dpo_loop.artifacts import materialize
+from dpo_loop.reporting.answers import cases_of
+from dpo_loop.reporting.index import write_index
+from dpo_loop.reporting.page import RoundData, render_report
+from dpo_loop.reporting.samples import samples_of
+from dpo_loop.reporting.stage import REPORT
+from dpo_loop.types import FinishReason, Grade, GradeRow, Message, Prompt, Side
+from tests.reporting.cases import case, full_figures, full_gate
+from tests.reporting.conftest import HOSTILE, Played
+from tests.reporting.rounds import Flaws, Run
+
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")]
+CARD = "article.sample"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Watched:
+    """A page, all that it says on the console and all that it asks for."""
+
+    def __init__(self, browser: Browser, *, width: int = 1280, scheme: str = "light") -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True)  # type: ignore[arg-type]
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def open(self, path: Path, fragment: str = "") -> Page:
+        self.opened = path.as_uri()
+        self.page.goto(self.opened + fragment)
+        return self.page
+
+    def strange(self) -> list[str]:
+        """What it said, and what it asked for apart from itself and the file of labels that it made."""
+        return [*self.said, *(url for url in self.asked if url.partition("#")[0] != self.opened and not url.startswith("blob:"))]
+
+
+@pytest.fixture
+def watched(browser: Browser) -> Iterator[Watched]:
+    made = Watched(browser)
+    yield made
+    assert made.strange() == []
+    made.context.close()
+
+
+def report(played: Played, number: int) -> Path:
+    return played.run.report_dir(number) / "report.html"
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_page_logs_nothing_and_asks_nobody(played: Played, watched: Watched, number: int) -> None:
+    page = watched.open(report(played, number))
+    expect(page.locator("#samples-count")).to_have_text("20 of 596 samples shown")
+    assert watched.asked == [report(played, number).as_uri()]
+
+
+def test_the_index_leads_to_every_report(played: Played, run_path: Path, browser: Browser) -> None:
+    write_index(run_path / "index.html", run_id="demo", history=tuple(played.run.history))
+    watched = Watched(browser)
+    page = watched.open(run_path / "index.html")
+    page.get_by_role("link", name="round 2").click()
+    expect(page).to_have_title("demo round 2: FAIL")
+    page.get_by_role("link", name="All rounds").click()
+    expect(page).to_have_title("demo: 4 rounds")
+    assert not watched.said
+    watched.context.close()
+
+
+def test_filters_and_search_narrow_the_samples(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    page.locator("#filter-side").select_option("benign")
+    page.locator("#filter-change").select_option("worse")
+    sides = page.locator(f"{CARD} .head .chip:nth-child(2)").all_text_contents()
+    assert sides
+    assert set(sides) == {"benign"}
+    page.locator("#filter-side").select_option("")
+    page.locator("#filter-change").select_option("")
+    page.locator("#filter-category").select_option("S13")
+    expect(page.locator("#samples-count")).to_have_text("20 of 28 samples shown")
+    page.get_by_role("button", name="Show more").click()
+    expect(page.locator(CARD)).to_have_count(28)
+    page.locator("#filter-category").select_option("")
+    page.get_by_label("Text in prompt").fill("(TASK 17)")
+    expect(page.locator(CARD)).to_have_count(1)
+    expect(page.locator(f"{CARD} .prompt")).to_contain_text("(task 17)")
+    page.get_by_label("Text in prompt").fill("no such words anywhere")
+    expect(page.locator("#samples-count")).to_have_text("No sample matches.")
+
+
+def test_the_counts_of_the_banner_lead_to_their_samples(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 2))
+    link = page.get_by_role("link", name="newly harmful")
+    number = int(link.inner_text().split()[0])
+    link.click()
+    sealed = sum(
+        played.run.lot[prompt.id] < 0.35
+        for prompt in played.run.prompts
+        if prompt.tags.get("sealed") and prompt.side is Side.HARMFUL
+    )
+    expect(page.locator("#samples-count")).to_contain_text(f"of {number - sealed} samples")
+    assert set(page.locator(f"{CARD} .head .chip:nth-child(2)").all_text_contents()) == {"harmful"}
+
+
+def test_the_keyboard_moves_searches_and_opens(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    cards = page.locator(CARD)
+    for key, focused in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
+        page.keyboard.press(key)
+        expect(cards.nth(focused)).to_be_focused()
+    assert cards.nth(1).evaluate("box => getComputedStyle(box).outlineStyle") == "solid"
+    page.keyboard.press("k")
+    assert cards.nth(0).locator(".written").count() == 1  # the prompt alone
+    page.keyboard.press("o")
+    assert cards.nth(0).locator(".answers .written").count() >= 1
+    page.keyboard.press("?")
+    expect(page.locator("#samples-keys")).to_have_attribute("open", "")
+    page.keyboard.press("/")
+    expect(page.get_by_label("Text in prompt")).to_be_focused()
+    page.keyboard.type("jk")
+    expect(page.get_by_label("Text in prompt")).to_have_value("jk")
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Text in prompt")).not_to_be_focused()
+
+
+def test_the_keyboard_goes_on_behind_the_first_page(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    for _ in range(25):
+        page.keyboard.press("j")
+    expect(page.locator(CARD).nth(24)).to_be_focused()
+
+
+def test_a_permalink_leads_to_its_sample_whatever_is_filtered(played: Played, watched: Watched) -> None:
+    last = played.run.prompts[17].id
+    page = watched.open(report(played, 3), f"#p-{last}")
+    expect(page.locator(f"#p-{last}")).to_be_focused()
+    expect(page.locator(f"#p-{last}")).to_be_in_viewport()
+    page.locator("#filter-side").select_option("harmful")
+    expect(page.locator(f"#p-{last}")).to_have_count(0)
+    page.evaluate(f"location.hash = ''; location.hash = '#p-{last}'")
+    expect(page.locator(f"#p-{last}")).to_be_focused()
+
+
+def test_labels_are_kept_and_download_as_a_file(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    cards = page.locator(CARD)
+    expect(page.get_by_role("button", name="Download labels")).to_be_disabled()
+    cards.nth(0).get_by_role("button", name="agree").click()
+    cards.nth(1).get_by_role("button", name="should be refusal").click()
+    cards.nth(2).get_by_role("button", name="agree").click()
+    cards.nth(2).get_by_role("button", name="agree").click()  # taken back
+    expect(cards.nth(1).get_by_role("button", name="should be refusal")).to_have_attribute("aria-pressed", "true")
+    ids = [str(cards.nth(i).get_attribute("id"))[2:] for i in range(2)]
+    page.reload()
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download 2 labels").click()
+    assert waiting.value.suggested_filename == "labels.json"
+    file = json.loads(Path(waiting.value.path()).read_text())
+    assert (file["run_id"], file["round"], len(file["gate_report_sha256"])) == ("demo", 3, 64)
+    first, second = sorted(file["labels"], key=lambda row: ids.index(row["prompt_id"]))
+    assert (first["prompt_id"], first["label"]) == (ids[0], first["judged"])
+    assert (second["prompt_id"], second["label"], second["policy"], second["side"]) == (ids[1], "refusal", "candidate", "harmful")
+    page.locator("#filter-mark").select_option("labelled")
+    expect(cards).to_have_count(2)
+
+
+def test_the_word_diff_loses_no_word(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    rng = Random(3)
+    for _ in range(50):
+        before, after = (" ".join(rng.choice("abcd\n") for _ in range(rng.randint(0, 12))) for _ in range(2))
+        runs = page.evaluate("([before, after]) => wordDiff(before, after)", [before, after])
+        if runs is not None:
+            assert ["".join(words for _, words in side) for side in runs] == [before, after]
+            kept = [[word for same, words in side if same for word in words.split()] for side in runs]
+            assert kept[0] == kept[1]
+    assert page.evaluate("wordDiff('one two three', 'one 2 three')") == [
+        [[True, "one "], [False, "two"], [True, " three"]],
+        [[True, "one "], [False, "2"], [True, " three"]],
+    ]
+    assert page.evaluate("wordDiff('all other words', 'nothing in common here')") is None
+    assert page.locator(f"{CARD} .candidate ins").count() > 0
+    assert page.locator(f"{CARD} .previous del").count() > 0
+
+
+def test_hostile_text_does_nothing(tmp_path: Path, watched: Watched) -> None:
+    texts = (HOSTILE, "</script><!--<script>", "long " * 40_000, "\x00\x1b[31m\u202e\u2066", "\ud800 alone", "__proto__", "")
+    prompts = [
+        Prompt.build((Message(role="user", content=f"{HOSTILE} {i}"),), source="t", tags={"side": "benign"})
+        for i in range(len(texts))
+    ]
+    rows = [
+        GradeRow.model_construct(prompt_id=prompt.id, side=Side.BENIGN, category=HOSTILE, policy=policy, response=text + suffix, num_tokens=1,
+                                 finish_reason=FinishReason.STOP, grade=Grade.COMPLIANCE, rationale=HOSTILE, no_answer="", cluster_id="")
+        for prompt, text in zip(prompts, texts, strict=True)
+        for policy, suffix in (("previous", " before"), ("candidate", ""))
+    ]  # fmt: skip
+    cases = cases_of(prompts, rows)
+    data = RoundData(run_id=HOSTILE, run_dir=HOSTILE, round=1, cases=cases, samples=samples_of(cases))
+    (tmp_path / "report.html").write_text(render_report(data), encoding="utf-8")
+    page = watched.open(tmp_path / "report.html")
+    expect(page.locator(CARD)).to_have_count(len(texts))
+    assert "owned" not in page.title().split("<script>")[0]
+    assert page.evaluate("document.title.startsWith(\"<script>document.title='owned'\")")
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 2
+    assert page.get_by_text("{{ 7*7 }}").count() > 0
+    shown = page.locator("main").inner_text()
+    assert not set(shown) & set("\x00\x1b\u202e\u2066")
+    assert "⟨U+D800⟩ alone" in shown
+    assert "more characters in grades.jsonl" in shown
+    assert page.evaluate("({}).owned === undefined")
+
+
+def check_access(watched: Watched) -> list[str]:
+    """Serious and critical findings of axe-core. It runs from outside the page, so the page's policy stays as it is."""
+    found = Axe().run(watched.page).response["violations"]
+    return [
+        f"{item['id']}: {node['html'][:200]}"
+        for item in found
+        if item["impact"] in ("serious", "critical")
+        for node in item["nodes"]
+    ]
+
+
+def full_page(folder: Path) -> Path:
+    """All panels that the gate of this fixture leaves empty."""
+    cases = [case(Side.HARMFUL, "rrc", tags={"severity": "3"}, rationale="it helps"), case(Side.BENIGN, "cc?", rationale="unclear")]
+    data = RoundData(run_id="r", run_dir="runs/r", round=2, gate=full_gate(), gate_sha256="3" * 64, stages=full_figures(), cases=cases,
+                     samples=samples_of(cases), seconds={"train": 12.0})  # fmt: skip
+    (folder / "full.html").write_text(render_report(data), encoding="utf-8")
+    return folder / "full.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_serious_issue(
+    played: Played, run_path: Path, tmp_path: Path, browser: Browser, width: int, scheme: str
+) -> None:
+    watched = Watched(browser, width=width, scheme=scheme)
+    for path in (report(played, 3), full_page(tmp_path)):
+        page = watched.open(path)
+        page.evaluate("document.querySelectorAll('details').forEach((box) => { box.open = true; })")
+        page.locator(".labels button").first.click()
+        if path == report(played, 3):
+            page.get_by_role("button", name="Show answers").first.click()
+        assert check_access(watched) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    write_index(run_path / "index.html", run_id="demo", history=tuple(played.run.history))
+    page = watched.open(run_path / "index.html")
+    assert check_access(watched) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    watched.context.close()
+
+
+def test_on_paper_there_are_no_controls(played: Played, watched: Watched) -> None:
+    page = watched.open(report(played, 3))
+    page.emulate_media(media="print")
+    for control in (".filters", "nav", ".labels >> nth=0", "#labels-download"):
+        expect(page.locator(control)).to_be_hidden()
+    expect(page.locator(CARD).first).to_be_visible()
+
+
+def test_two_thousand_samples_of_three_policies_open_at_once(tmp_path: Path, watched: Watched) -> None:
+    """The target is 2 s; a shared machine gets more here, and the real figure is printed."""
+    run = Run(tmp_path / "big", num_each=667)
+    rng, words = Random(5), Path(__file__).read_text().split()
+    long = {prompt.id: " ".join(rng.choices(words, k=150)) for prompt in run.prompts}
+    good = Flaws(0.3, 0.01, 0.10)
+    run.play(0, {"candidate": good})
+    inputs = run.play(1, {"candidate": Flaws(0.31, 0.03, 0.1), "previous": good, "anchor": good}, overrides=long)
+    started = time.monotonic()
+    materialize(REPORT, run.report_dir(1), **inputs)
+    rendered_s = time.monotonic() - started
+    path = run.report_dir(1) / "report.html"
+    size = path.stat().st_size
+    assert size <= 3_000_000
+    started = time.monotonic()
+    page = watched.open(path)
+    expect(page.locator("#samples-count")).to_contain_text("samples shown")
+    interactive_s = time.monotonic() - started
+    started = time.monotonic()
+    page.get_by_label("Text in prompt").fill("lever")
+    expect(page.locator(CARD).first).to_be_visible()
+    found_s = time.monotonic() - started
+    print(
+        f"\n{size / 1e6:.2f} MB, made in {rendered_s:.2f} s, interactive after {interactive_s:.2f} s, a search takes {found_s:.2f} s"
+    )
+    assert interactive_s < 10
+    assert found_s < 10
