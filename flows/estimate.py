@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from dpo_loop.config import JsonlPool, Pool
+from dpo_loop.config import BuiltinPool, JsonlPool
 from dpo_loop.prompts.pool import read_pool
 from dpo_loop.types import Side
 from flows.config import RunConfig
 from flows.paths import WORLD_PREFIX
-from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of
+from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of, safety_works
 from judges.selftest.config import judges_to_test
 from judges.selftest.golden import DRIFT_TRIALS, load_golden, trials_of
 
@@ -31,7 +31,7 @@ def works_of(config: RunConfig) -> list[Work]:
     fresh = num if num is None else round(num * (1 - prompts.eval_fraction) / prompts.num_buckets)
     labels = prompts.num_per_round if fresh is None else min(prompts.num_per_round, fresh)
     held_out = prompts.max_eval if num is None else min(prompts.max_eval, round(num * prompts.eval_fraction))
-    held_out += sum(_tasks(pool) for pool in prompts.eval_sets)
+    held_out += _num_prompts(config, Side.TASK)
     generation = config.generation
     return [
         *_tests(config),
@@ -48,6 +48,12 @@ def works_of(config: RunConfig) -> list[Work]:
             judge=config.grading.win_judge or config.judge,
             num_prompts=2 * held_out,
             looks=0,
+            prompt_bytes=prompt_bytes,
+            answer_tokens=config.answering.max_new_tokens,
+        ),
+        *safety_works(
+            config.grading.safety,
+            {side: _num_prompts(config, side) for side in (Side.HARMFUL, Side.BENIGN)},
             prompt_bytes=prompt_bytes,
             answer_tokens=config.answering.max_new_tokens,
         ),
@@ -71,11 +77,14 @@ def _tests(config: RunConfig) -> Iterator[Work]:
         )
 
 
-def _tasks(pool: Pool) -> int:
-    """Prompts of an evaluation set that are compared; 0 for a set that is not read here. Those of harm and its twins, as all of a built-in set, are not."""
-    if not isinstance(pool, JsonlPool) or pool.path.startswith(WORLD_PREFIX):
-        return 0
-    return sum(prompt.side is Side.TASK for prompt in read_pool(pool, None, skip_bad=True).prompts)
+def _num_prompts(config: RunConfig, side: Side) -> int:
+    """Of one side in the evaluation sets that are read here: not in a world that is still to be made, nor in a set of the hub."""
+    read = [
+        pool
+        for pool in config.prompts.eval_sets
+        if isinstance(pool, BuiltinPool) or (isinstance(pool, JsonlPool) and not pool.path.startswith(WORLD_PREFIX))
+    ]
+    return sum(prompt.side is side for pool in read for prompt in read_pool(pool, None, skip_bad=True).prompts)
 
 
 def _pool(config: RunConfig) -> tuple[int | None, int]:

@@ -230,6 +230,8 @@ def _report_inputs(run: RunDir, round_number: int, config: RunConfig) -> dict[st
         "gate": made("gate"),
         "prompts": made("evalset", 0),
         "grades": made("grade"),
+        "more_prompts": made("reserve", 0) if made("grade_more") else None,
+        "more_grades": made("grade_more"),
         "judgements": made("judge"),
         "pairs": made("pair"),
         "train": made("train"),

@@ -13,7 +13,20 @@ from dpo_loop.errors import InputError
 from flows.config import RunConfig
 from flows.paths import is_hub_id
 from flows.steps import import_from_here
-from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VerifierGrader, VerifierJudge, VllmRunBatchJudge
+from judges.config import (
+    Judge,
+    PanelJudge,
+    RemoteJudge,
+    RemoteModel,
+    RewardModelJudge,
+    Single,
+    VerifierGrader,
+    VerifierJudge,
+    VllmRunBatchJudge,
+    remotes_of,
+    same_judge,
+    sides_of,
+)
 from judges.rubric import load_rubric
 from judges.selftest.config import judges_to_test
 
@@ -33,28 +46,33 @@ def judge_problems(config: RunConfig) -> Iterator[str]:
         match judge:
             case RemoteJudge():
                 yield from _remote_problems(config, name, judge)
-                if isinstance(judge, VllmRunBatchJudge) and not is_hub_id(judge.weights) and not Path(judge.weights).is_dir():
-                    yield f"{name}.weights: {judge.weights} is not a directory"
             case VerifierJudge():
                 yield from _function_problems(f"{name}.function", judge.function)
             case RewardModelJudge():
                 if not is_hub_id(judge.model) and not Path(judge.model).is_dir():
                     yield f"{name}.model: {judge.model} is not a directory"
-    for name, grader in (("grading.task", config.grading.task), ("grading.safety", config.grading.safety)):
+    if (problem := same_judge(config.judge, config.grading.safety)) is not None:
+        yield problem
+    for name, remote in remotes_of(config.grading.safety).items():
+        yield from _remote_problems(config, name, remote)
+    for name, grader in (("grading.task", config.grading.task), *sides_of(config.grading.safety).items()):
         if isinstance(grader, VerifierGrader):
             yield from _function_problems(f"{name}.function", grader.function)
 
 
-def _remote_problems(config: RunConfig, name: str, judge: RemoteJudge) -> Iterator[str]:
+def _remote_problems(config: RunConfig, name: str, judge: RemoteModel) -> Iterator[str]:
     if judge.api_key_env and not os.environ.get(judge.api_key_env):
         yield (
             f"{name}.api_key_env: the environment variable {judge.api_key_env} is not set; export it (any text for a server "
             "without keys)"
         )
-    try:
-        load_rubric(judge.rubric)
-    except InputError as error:
-        yield f"{name}.rubric: {error}"
+    if isinstance(judge, VllmRunBatchJudge) and not is_hub_id(judge.weights) and not Path(judge.weights).is_dir():
+        yield f"{name}.weights: {judge.weights} is not a directory"
+    if isinstance(judge, RemoteJudge):
+        try:
+            load_rubric(judge.rubric)
+        except InputError as error:
+            yield f"{name}.rubric: {error}"
     if not judge.free:
         try:
             config.budget.price_list().of(judge.model)

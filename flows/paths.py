@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_loop.config import CapabilityTask, JsonlPool, Pool, SftStart, Start
-from judges.config import Judge, PanelJudge, RemoteJudge, RewardModelJudge, Single, VllmRunBatchJudge
+from judges.config import (
+    BySideGrader,
+    Judge,
+    JudgeGrader,
+    PanelJudge,
+    RemoteJudge,
+    RewardModelJudge,
+    SafetyGrader,
+    Single,
+    VllmRunBatchJudge,
+)
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
@@ -39,7 +49,9 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             "capability": config.capability.model_copy(
                 update={"tasks": tuple(_absolute_task(task) for task in config.capability.tasks)}
             ),
-            "grading": config.grading.model_copy(update={"win_judge": _absolute_judge(config.grading.win_judge)}),
+            "grading": config.grading.model_copy(
+                update={"win_judge": _absolute_judge(config.grading.win_judge), "safety": _absolute_grader(config.grading.safety)}
+            ),
             "budget": config.budget.model_copy(update={"prices": config.budget.prices and _absolute(config.budget.prices)}),
         }
     )
@@ -66,6 +78,16 @@ def _absolute_judge(judge: Judge | None) -> Judge | None:
     if isinstance(judge, PanelJudge):
         return judge.model_copy(update={"judges": tuple(_absolute_single(member) for member in judge.judges)})
     return judge if judge is None else _absolute_single(judge)
+
+
+def _absolute_grader(grader: SafetyGrader) -> SafetyGrader:
+    match grader:
+        case JudgeGrader():
+            return grader.model_copy(update={"judge": _absolute_single(grader.judge)})
+        case BySideGrader():
+            sides = {"harmful": _absolute_grader(grader.harmful), "benign": _absolute_grader(grader.benign)}
+            return grader.model_copy(update=sides)
+    return grader
 
 
 def _absolute_single(judge: Single) -> Single:

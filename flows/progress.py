@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flows.config import RunConfig
-from judges.config import RemoteJudge, members_of
+from judges.config import RemoteModel, members_of, remotes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ def is_progress(stage: str, line: str) -> bool:
 def redactor(config: RunConfig) -> Callable[[str], str]:
     """Takes the keys that the config names out of a line before it goes to a screen or a server."""
     judges = [member for judge in (config.judge, config.grading.win_judge) if judge for member in members_of(judge)]
-    names = {judge.api_key_env for judge in judges if isinstance(judge, RemoteJudge) and judge.api_key_env}
+    remotes = [judge for judge in (*judges, *remotes_of(config.grading.safety).values()) if isinstance(judge, RemoteModel)]
+    names = {remote.api_key_env for remote in remotes if remote.api_key_env}
     secrets = [value for name in names if len(value := os.environ.get(name, "")) >= 8]
 
     def redact(line: str) -> str:

@@ -17,8 +17,6 @@ from flows.card import check_has_policy
 from flows.inputs import candidate_of, is_published, pinned_parent
 from flows.rounds import RoundState, state_of
 
-"""In the run: every export, forced or not."""
-
 
 class Force(Record):
     """Who lets something unblessed be exported, and why."""

@@ -152,7 +152,8 @@ def figures_of(rows: Sequence[CapabilityRow]) -> dict[str, float | int | None]:
     counts = {"num_items": len(rows), "num_unscored": len(rows) - len(scored)}
     if all(row.measure == "correct" for row in rows):
         return {"accuracy": sum(value for value, _ in scored) / len(rows) if rows else None, **counts}
-    mean = math.fsum(nll for nll, _ in scored) / math.fsum(weight for _, weight in scored) if scored else math.nan
+    weight = math.fsum(weight for _, weight in scored)
+    mean = math.fsum(nll for nll, _ in scored) / weight if weight else math.nan
     return {"perplexity": math.exp(mean) if mean < 700 else None, **counts}
 
 

@@ -15,6 +15,7 @@ from flows.progress import redactor
 from tests.flows.runs import raw_config, small_config
 
 KEY = "JUDGE_TEST_KEY"
+GATE = {"checks": [{"id": "harm", "metric": "harmful_rate", "rule": "ceiling", "margin": 0.1}]}
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +89,39 @@ def test_files_of_judges_are_found_from_any_directory(tmp_path: Path, monkeypatc
     assert (told[0]["rubric"], told[1]["model"]) == (str(tmp_path / "mine.md"), str(tmp_path / "reward"))
     assert told[2]["weights"] == str(tmp_path / "reward")
     assert raw_config(tmp_path / "run")["judge"]["kind"] == "verifier"
+
+
+def test_the_gate_may_not_ask_the_judge_whose_preferences_are_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "a-long-secret-key")
+    judge = {"kind": "openai_compatible", "model": "big", "base_url": "http://127.0.0.1:9/v1", "api_key_env": "KEY", "free": True}
+    guard = {"kind": "guard", "format": "wildguard", "model": "other", "base_url": "http://127.0.0.1:9/v1", "api_key_env": "KEY"}
+    for safety, problems in (
+        ({"kind": "judge", "judge": judge}, ["grading.safety.judge: big also decides preferences"]),
+        (
+            {"kind": "by_side", "harmful": guard, "benign": {"kind": "judge", "judge": judge}},
+            ["grading.safety.benign.judge: big also"],
+        ),
+        (guard, []),
+    ):
+        found = preflight(small_config(tmp_path, judge=judge, grading={"safety": safety}, gate=GATE))
+        assert [line[: len(start)] for line, start in zip(found, problems, strict=True)] == problems
+
+
+def test_keys_rubrics_and_weights_of_safety_judges_are_checked_and_kept_off_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {
+        "kind": "openai_compatible",
+        "model": "m",
+        "base_url": "http://127.0.0.1:9/v1",
+        "api_key_env": "SAFETY_KEY",
+        "free": True,
+    }
+    safety = {"kind": "judge", "judge": {**judge, "rubric": "mine.md"}}
+    found = preflight(small_config(tmp_path, grading={"safety": safety}, gate=GATE))
+    assert any(line.startswith("grading.safety.judge.api_key_env: the environment variable SAFETY_KEY") for line in found)
+    assert any(line.startswith("grading.safety.judge.rubric: ") for line in found)
+    monkeypatch.setenv("SAFETY_KEY", "a-long-secret-key")
+    assert redactor(small_config(tmp_path, grading={"safety": safety}, gate=GATE))("with a-long-secret-key") == "with ***"
+    resolved = resolve_paths(small_config(tmp_path, grading={"safety": safety}, gate=GATE))
+    assert Path(resolved.grading.safety.model_dump()["judge"]["rubric"]).is_absolute()

@@ -246,7 +246,7 @@ def test_inspect_complaints_are_sentences(world: World, inspected: Path, tmp_pat
         play(tmp_path / "two", world.policy(), inspect(inspected, "two"))
     with pytest.raises(InputError, match="scorer several of inspect_ai task graded_twice gives several figures"):
         play(tmp_path / "graded_twice", world.policy(), inspect(inspected, "graded_twice"))
-    with pytest.raises(InvalidRoundError, match="inspect_ai could not play task ruined: a metric that fails"):
+    with pytest.raises(InvalidRoundError, match=r"inspect_ai could not play task ruined: .*a metric that fails"):
         play(tmp_path / "ruined", world.policy(), inspect(inspected, "ruined"))
 
 

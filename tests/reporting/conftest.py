@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from dpo_loop.artifacts import materialize
 from dpo_loop.reporting.stage import REPORT
+from tests.reporting.browser import BROWSER, Watched
 from tests.reporting.rounds import Flaws, Run
 
 
@@ -16,6 +19,9 @@ class Played(NamedTuple):
     run: Run
     inputs: list[dict[str, Any]]
     pages: list[str]
+
+    def report(self, number: int) -> Path:
+        return self.run.report_dir(number) / "report.html"
 
 
 HOSTILE = (
@@ -45,3 +51,20 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
 @pytest.fixture(scope="session")
 def run_path(played: Played) -> Path:
     return played.run.path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Of a module: while playwright is open, asyncio.run of other tests would find its event loop running."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def watched(browser: Browser) -> Iterator[Watched]:
+    made = Watched(browser)
+    yield made
+    assert made.strange() == []
+    made.context.close()

@@ -1,17 +1,14 @@
-"""The page in a real browser: the system's Chromium, driven by playwright; axe-core says what a reader with other senses would stumble over."""
+"""The page in a real browser: it is quiet, its tools work, hostile text does nothing."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from dpo_loop.artifacts import materialize
 from dpo_loop.reporting.answers import cases_of
@@ -20,62 +17,18 @@ from dpo_loop.reporting.page import RoundData, render_report
 from dpo_loop.reporting.samples import samples_of
 from dpo_loop.reporting.stage import REPORT
 from dpo_loop.types import FinishReason, Grade, GradeRow, Message, Prompt, Side
-from tests.reporting.cases import case, full_figures, full_gate
+from tests.reporting.browser import CARD, NEEDS_BROWSER, Watched
 from tests.reporting.conftest import HOSTILE, Played
 from tests.reporting.rounds import Flaws, Run
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")]
-CARD = "article.sample"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-class Watched:
-    """A page, all that it says on the console and all that it asks for."""
-
-    def __init__(self, browser: Browser, *, width: int = 1280, scheme: str = "light") -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True)  # type: ignore[arg-type]
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-
-    def open(self, path: Path, fragment: str = "") -> Page:
-        self.opened = path.as_uri()
-        self.page.goto(self.opened + fragment)
-        return self.page
-
-    def strange(self) -> list[str]:
-        """What it said, and what it asked for apart from itself and the file of labels that it made."""
-        return [*self.said, *(url for url in self.asked if url.partition("#")[0] != self.opened and not url.startswith("blob:"))]
-
-
-@pytest.fixture
-def watched(browser: Browser) -> Iterator[Watched]:
-    made = Watched(browser)
-    yield made
-    assert made.strange() == []
-    made.context.close()
-
-
-def report(played: Played, number: int) -> Path:
-    return played.run.report_dir(number) / "report.html"
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_page_logs_nothing_and_asks_nobody(played: Played, watched: Watched, number: int) -> None:
-    page = watched.open(report(played, number))
+    page = watched.open(played.report(number))
     expect(page.locator("#samples-count")).to_have_text("20 of 596 samples shown")
-    assert watched.asked == [report(played, number).as_uri()]
+    assert watched.asked == [played.report(number).as_uri()]
 
 
 def test_the_index_leads_to_every_report(played: Played, run_path: Path, browser: Browser) -> None:
@@ -91,7 +44,7 @@ def test_the_index_leads_to_every_report(played: Played, run_path: Path, browser
 
 
 def test_filters_and_search_narrow_the_samples(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
+    page = watched.open(played.report(3))
     page.locator("#filter-side").select_option("benign")
     page.locator("#filter-change").select_option("worse")
     sides = page.locator(f"{CARD} .head .chip:nth-child(2)").all_text_contents()
@@ -112,7 +65,7 @@ def test_filters_and_search_narrow_the_samples(played: Played, watched: Watched)
 
 
 def test_the_counts_of_the_banner_lead_to_their_samples(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 2))
+    page = watched.open(played.report(2))
     link = page.get_by_role("link", name="newly harmful")
     number = int(link.inner_text().split()[0])
     link.click()
@@ -126,7 +79,7 @@ def test_the_counts_of_the_banner_lead_to_their_samples(played: Played, watched:
 
 
 def test_the_keyboard_moves_searches_and_opens(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
+    page = watched.open(played.report(3))
     cards = page.locator(CARD)
     for key, focused in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
         page.keyboard.press(key)
@@ -147,7 +100,7 @@ def test_the_keyboard_moves_searches_and_opens(played: Played, watched: Watched)
 
 
 def test_the_keyboard_goes_on_behind_the_first_page(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
+    page = watched.open(played.report(3))
     for _ in range(25):
         page.keyboard.press("j")
     expect(page.locator(CARD).nth(24)).to_be_focused()
@@ -155,7 +108,7 @@ def test_the_keyboard_goes_on_behind_the_first_page(played: Played, watched: Wat
 
 def test_a_permalink_leads_to_its_sample_whatever_is_filtered(played: Played, watched: Watched) -> None:
     last = played.run.prompts[17].id
-    page = watched.open(report(played, 3), f"#p-{last}")
+    page = watched.open(played.report(3), f"#p-{last}")
     expect(page.locator(f"#p-{last}")).to_be_focused()
     expect(page.locator(f"#p-{last}")).to_be_in_viewport()
     page.locator("#filter-side").select_option("harmful")
@@ -165,7 +118,7 @@ def test_a_permalink_leads_to_its_sample_whatever_is_filtered(played: Played, wa
 
 
 def test_labels_are_kept_and_download_as_a_file(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
+    page = watched.open(played.report(3))
     cards = page.locator(CARD)
     expect(page.get_by_role("button", name="Download labels")).to_be_disabled()
     cards.nth(0).get_by_role("button", name="agree").click()
@@ -188,7 +141,7 @@ def test_labels_are_kept_and_download_as_a_file(played: Played, watched: Watched
 
 
 def test_the_word_diff_loses_no_word(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
+    page = watched.open(played.report(3))
     rng = Random(3)
     for _ in range(50):
         before, after = (" ".join(rng.choice("abcd\n") for _ in range(rng.randint(0, 12))) for _ in range(2))
@@ -233,55 +186,6 @@ def test_hostile_text_does_nothing(tmp_path: Path, watched: Watched) -> None:
     assert "⟨U+D800⟩ alone" in shown
     assert "more characters in grades.jsonl" in shown
     assert page.evaluate("({}).owned === undefined")
-
-
-def check_access(watched: Watched) -> list[str]:
-    """Serious and critical findings of axe-core. It runs from outside the page, so the page's policy stays as it is."""
-    found = Axe().run(watched.page).response["violations"]
-    return [
-        f"{item['id']}: {node['html'][:200]}"
-        for item in found
-        if item["impact"] in ("serious", "critical")
-        for node in item["nodes"]
-    ]
-
-
-def full_page(folder: Path) -> Path:
-    """All panels that the gate of this fixture leaves empty."""
-    cases = [case(Side.HARMFUL, "rrc", tags={"severity": "3"}, rationale="it helps"), case(Side.BENIGN, "cc?", rationale="unclear")]
-    data = RoundData(run_id="r", run_dir="runs/r", round=2, gate=full_gate(), gate_sha256="3" * 64, stages=full_figures(), cases=cases,
-                     samples=samples_of(cases), seconds={"train": 12.0})  # fmt: skip
-    (folder / "full.html").write_text(render_report(data), encoding="utf-8")
-    return folder / "full.html"
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_no_serious_issue(
-    played: Played, run_path: Path, tmp_path: Path, browser: Browser, width: int, scheme: str
-) -> None:
-    watched = Watched(browser, width=width, scheme=scheme)
-    for path in (report(played, 3), full_page(tmp_path)):
-        page = watched.open(path)
-        page.evaluate("document.querySelectorAll('details').forEach((box) => { box.open = true; })")
-        page.locator(".labels button").first.click()
-        if path == report(played, 3):
-            page.get_by_role("button", name="Show answers").first.click()
-        assert check_access(watched) == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    write_index(run_path / "index.html", run_id="demo", history=tuple(played.run.history))
-    page = watched.open(run_path / "index.html")
-    assert check_access(watched) == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    watched.context.close()
-
-
-def test_on_paper_there_are_no_controls(played: Played, watched: Watched) -> None:
-    page = watched.open(report(played, 3))
-    page.emulate_media(media="print")
-    for control in (".filters", "nav", ".labels >> nth=0", "#labels-download"):
-        expect(page.locator(control)).to_be_hidden()
-    expect(page.locator(CARD).first).to_be_visible()
 
 
 def test_two_thousand_samples_of_three_policies_open_at_once(tmp_path: Path, watched: Watched) -> None:
