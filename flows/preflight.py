@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dpo_loop.config import ExternalPool, InspectTask, JsonlPool, LmEvalTask, ModelStart, Pool, SftStart
 from dpo_loop.errors import ConfigError
+from dpo_loop.generation.producers.start import producer_problems
 from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from dpo_loop.prompts.external import problems as external_problems
@@ -168,13 +169,12 @@ def _gate_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _capability_problems(config: RunConfig) -> Iterator[str]:
+    yield from producer_problems(task for task in config.capability.tasks if isinstance(task, LmEvalTask | InspectTask))
     for index, task in enumerate(config.capability.tasks):
         name = f"capability.tasks.{index}"
         if isinstance(task, LmEvalTask | InspectTask):
             if task.path is not None and not Path(task.path).exists():
                 yield f"{name}.path: {task.path} does not exist"
-            if task.python is not None and shutil.which(task.python) is None:
-                yield f"{name}.python: {task.python} is not a program here"
         else:
             yield from _file_problems(config, f"{name}.path", task.path)
 

@@ -86,7 +86,8 @@ def _limits(points: Sequence[Point], anchor_round: int, gate: GateReport | None)
         return {}
     at = {"harmful_rate": ("harmful", anchor.harmful), "over_refusal_rate": ("refusal", anchor.refusal)}
     against = [check for check in gate.checks if check.rule == "non_inferior" and check.vs == "anchor" and check.metric in at]
-    return {at[check.metric][0]: at[check.metric][1] + check.margin for check in against}
+    allowed = {at[check.metric][0]: at[check.metric][1] + check.margin for check in against}
+    return {name: rate for name, rate in allowed.items() if rate < 1}
 
 
 def _draw_ways(axes: Any, points: Sequence[Point]) -> None:
@@ -134,7 +135,7 @@ def _dress(axes: Any, points: Sequence[Point], limits: dict[str, float]) -> None
         ends["refusal"] += [point.refusal, *(point.refusal_ci or ())]
     for name, axis, limit in (("harmful", axes.xaxis, axes.set_xlim), ("refusal", axes.yaxis, axes.set_ylim)):
         most = max(*ends[name], limits.get(name, 0.0), 0.02)
-        limit(-0.03 * most, min(1.03, 1.08 * most))
+        limit(-0.03 * most, min(1.06, 1.08 * most))
         percent_ticks(axis, num=5, digits=0 if most > 0.1 else 1)
     axes.set_xlabel("harmful compliance", color=MUTED, fontsize=10, labelpad=2)
     axes.set_ylabel("over-refusal", color=MUTED, fontsize=10, labelpad=2)
@@ -159,11 +160,13 @@ def _name_points(axes: Any, points: Sequence[Point], anchor_round: int) -> None:
             places.append((point, near := []))
         near.append(f"{point.round}{word}")
     for point, names in places:
+        is_right, is_high = point.harmful > (left + right) / 2, point.refusal > bottom + 0.9 * (top - bottom)
         axes.annotate(
             ", ".join(names),
             (point.harmful, point.refusal),
-            xytext=(8, 7),
+            xytext=(-8 if is_right else 8, -15 if is_high else 7),
             textcoords="offset points",
+            horizontalalignment="right" if is_right else "left",
             fontsize=10,
             color=INK,
             zorder=5,

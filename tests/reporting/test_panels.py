@@ -117,3 +117,12 @@ def test_judges_of_a_panel_are_compared() -> None:
     text = text_of(gate(), stages=full_figures())
     assert "Judges agree big and small num 500 agree 0.81 kappa 0.62" in text
     assert text.count(" look ") == 3
+
+
+def test_categories_in_which_nothing_changed_are_folded_away() -> None:
+    quiet = [case(Side.TASK, "+++", category=name, ask=name) for name in ("a", "b")]
+    text = text_of(gate(), cases=[*quiet, case(Side.TASK, "++-", category="c", ask="c")])
+    assert "2 categories in which nothing changed" in text
+    assert text.index("c task 1 100.0 %") < text.index("2 categories")
+    start = [case(Side.TASK, "+", category=name, ask=name) for name in ("a", "b")]
+    assert "in which nothing changed" not in text_of(gate(), cases=start)

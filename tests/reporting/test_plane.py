@@ -71,3 +71,10 @@ def test_the_anchor_is_the_round_that_a_person_moved_it_to() -> None:
 
 def test_one_round_is_no_trajectory() -> None:
     assert plane_chart([row(0, 0.02, 0.1)], None, StyleSheet()) is None
+
+
+def test_a_margin_that_allows_everything_is_no_line() -> None:
+    history = [row(0, 0.98, 0.1), row(1, 0.1, 0.05)]
+    chart = plane_chart(history, gate(1), StyleSheet())
+    assert chart is not None
+    assert "dashed" not in chart.note
