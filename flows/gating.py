@@ -109,9 +109,10 @@ def tell(report: GateReport, *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from flows.show import checks_table
+    from flows.show import checks_table, validity_table
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(validity_table(report))
     if report.checks:
         console.print(checks_table(report))
     console.print(f"{report.state.value}: " + "\n".join(report.reasons), markup=False, highlight=False, soft_wrap=True)

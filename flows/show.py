@@ -165,9 +165,25 @@ def print_round(console: Console, run: RunDir, round_number: int) -> None:
         console.print(judge)
     gate_dir = run.round(round_number).stage("gate")
     if read_manifest(gate_dir):
-        console.print(checks_table(read_gate_report(gate_dir)))
+        report = read_gate_report(gate_dir)
+        console.print(validity_table(report))
+        console.print(checks_table(report))
     for reason in row.reasons:
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
+
+
+def validity_table(report: GateReport) -> Table:
+    """What shows that the evaluation itself is sound."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="is the evaluation sound?", title_justify="left")
+    for heading in ("what", "state", "why"):
+        table.add_column(heading)
+    for found in report.validity:
+        state = GateState(found["state"])
+        table.add_row(str(found["id"]).replace("_", " "), f"[{_COLOURS[state]}]{state.value}[/]", escape(str(found["why"])))
+    return table
 
 
 def checks_table(report: GateReport) -> Table:
@@ -181,7 +197,7 @@ def checks_table(report: GateReport) -> Table:
         ci = None if check.ci_low is None or check.ci_high is None else (check.ci_low, check.ci_high)
         checks.add_row(
             check.id,
-            f"[{_COLOURS[check.state]}]{check.state.value}[/]",
+            f"[{_COLOURS[check.state]}]{check.state.value}[/]" + (" (waived)" if check.waived_by else ""),
             rate(check.value),
             rate(check.reference),
             interval(check.delta if check.delta is not None else check.value, ci),
