@@ -219,7 +219,7 @@ def _published(stage: Stage, out: Path, key: str, inputs: Any) -> StageManifest 
 
 
 def _remove(out: Path) -> str:
-    return f"Nothing was overwritten. To make it anew, remove {out} and run the same command again."
+    return f"Nothing was overwritten. To make it anew, remove {out} and the stages of the round after it, and run the same command again."
 
 
 def _prepare_scratch(path: Path, key: str) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from dpo_loop.types import Prompt
 
@@ -40,36 +41,78 @@ class Corpus:
 
     What is a template follows from the corpus, so build it of the evaluation prompts, all of them, wherever training prompts are asked about:
     then the gate finds nothing in prompts that were chosen by the same corpus.
+
+    Few of the texts that have an 8-gram in common with a prompt are looked at: of n 8-grams, a text that holds 70 % must hold one of any
+    30 % and one more, so the rarest of them are looked up, and not what hundreds of texts have in common.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._texts: set[Words] = set()
-        self._num_grams: list[int] = []
-        """Of each text, less a template's."""
-        self._having: defaultdict[Words, list[int]] = defaultdict(list)
+        texts_of: defaultdict[Words, list[str]] = defaultdict(list)
+        for text in texts:
+            texts_of[_words(text)].append(text)
+        self._texts = list(texts_of.values())
+        """By number: texts whose words are the same."""
+        self._number = {words: number for number, words in enumerate(texts_of)}
+        of_texts = [_grams(words) for words in texts_of]
+        num_texts = Counter(chain.from_iterable(of_texts))
+        limit = max(_TEMPLATE_TEXTS, _TEMPLATE_SHARE * len(of_texts))
+        self._template = {gram for gram, num in num_texts.items() if num > limit}
+        self._ids = {gram: id for id, gram in enumerate(gram for gram, num in num_texts.items() if num <= limit)}
+        """Of each 8-gram that is no template's."""
+        self._grams = [{self._ids[gram] for gram in grams - self._template} for grams in of_texts]
+        self._having: defaultdict[int, list[int]] = defaultdict(list)
         """8-gram → the texts that have it, by number"""
-        for words in map(_words, texts):
-            if words in self._texts:
-                continue
-            self._texts.add(words)
-            grams = _grams(words)
-            for gram in grams:
-                self._having[gram].append(len(self._num_grams))
-            self._num_grams.append(len(grams))
-        limit = max(_TEMPLATE_TEXTS, _TEMPLATE_SHARE * len(self._num_grams))
-        self._template = {gram for gram, numbers in self._having.items() if len(numbers) > limit}
-        for gram in self._template:
-            for number in self._having.pop(gram):
-                self._num_grams[number] -= 1
+        for number, ids in enumerate(self._grams):
+            for id in ids:
+                self._having[id].append(number)
+        self._marked_by: defaultdict[int, list[int]] = defaultdict(list)
+        """8-gram → the texts among whose rarest it is: they hold at least one that a longer text must have to hold them"""
+        for number, ids in enumerate(self._grams):
+            for id in self._rarest(ids, num_grams=len(ids)):
+                self._marked_by[id].append(number)
+        self._first_of: dict[Words, str | None] = {}
 
     def overlaps(self, text: str) -> bool:
         """Whether a text of the corpus is nearly this one, holds it or is held by it."""
+        return self.overlapped(text) is not None
+
+    def overlapped(self, text: str) -> str | None:
+        """The text of the corpus that is nearly this one, holds it or is held by it, as it was given; the first such, None where there is none."""
         words = _words(text)
-        if words in self._texts:
-            return True
+        if words not in self._first_of:
+            self._first_of[words] = next(self._overlapping(words), None)
+        return self._first_of[words]
+
+    def all_overlapped(self, text: str) -> Iterator[str]:
+        """Every text of the corpus that is nearly this one, holds it or is held by it, as it was given."""
+        return self._overlapping(_words(text))
+
+    def _overlapping(self, words: Words) -> Iterator[str]:
+        same = self._number.get(words)
+        if same is not None:
+            yield from self._texts[same]
         grams = _grams(words) - self._template
-        shared = Counter(number for gram in grams for number in self._having.get(gram, ()))
-        return any(10 * num >= 7 * min(len(grams), self._num_grams[number]) for number, num in shared.items())
+        known = {self._ids[gram] for gram in grams if gram in self._ids}
+        for number in self._worth_a_look(known, num_grams=len(grams)):
+            having = self._grams[number]
+            if number != same and len(known & having) >= _enough(min(len(grams), len(having))):
+                yield from self._texts[number]
+
+    def _worth_a_look(self, known: set[int], *, num_grams: int) -> list[int]:
+        """Numbers, in order, of all texts that can hold enough of so many 8-grams, of which the corpus has those that are `known`; or be held."""
+        holding = (number for id in self._rarest(known, num_grams=num_grams) for number in self._having[id])
+        held = (number for id in known if id in self._marked_by for number in self._marked_by[id])
+        return sorted({*holding, *held})
+
+    def _rarest(self, known: set[int], *, num_grams: int) -> list[int]:
+        """So many of the rarest that one of them is in every text that has enough; 8-grams that no text has are the rarest of all."""
+        num = num_grams - _enough(num_grams) + 1 - (num_grams - len(known))
+        return sorted(known, key=lambda id: len(self._having[id]))[:num] if num > 0 else []
+
+
+def _enough(num_grams: int) -> int:
+    """The least number that is at least 70 % of them."""
+    return -(-7 * num_grams // 10)
 
 
 def _words(text: str) -> Words:

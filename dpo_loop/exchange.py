@@ -38,8 +38,12 @@ GATE_REPORT = "gate_report.json"
 JUNIT = "junit.xml"
 CANARY = "canary.json"
 CONDITIONS = "conditions.json"
+MIN_EFFECT = 0.5
+"""Of the adapter canary: an engine that shows less of an adapter's effect is closer to the bare base than to the policy."""
 CAPABILITY = "capability.jsonl"
 JUDGE_CANARY = "judge_canary.json"
+HEURISTIC = "heuristic"
+"""What a keyword heuristic is called where graders are named."""
 PROMPT_SETS = "prompt_sets.json"
 
 # Of stages whose rooms load torch: here, so that a flow can compare them with a published one at no cost.

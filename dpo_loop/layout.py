@@ -6,7 +6,7 @@ runs/demo/
   ledger.sqlite          every judge call
   index.html             the report over all rounds
   approvals/<sha256>.json   a person's decision about one gate report
-  anchor.json            where a person moved the anchor to; waivers.jsonl: checks that people let be broken for a while
+  anchors.jsonl          where people moved the anchor to; waivers.jsonl: checks that they let be broken for a while
   exports.jsonl          what was exported, and what was forced out
   logs/001-train.log     output of each stage's process
   rounds/000/            round 0 prepares and grades the start policy, the anchor
@@ -38,6 +38,17 @@ TOP_UP = ("more_candidate", "more_previous", "more_anchor", "grade_more")
 """The reserve of evaluation prompts answered by all three policies and graded, where `look`, the gate's first look, could not decide."""
 STAGES = ("prompts", "generate", "judge", "pair", "train", "answer", "capability", "grade", "look", *TOP_UP, "gate", "report")
 
+SAME_AS = {
+    "answer_again": "answer",
+    "more_candidate": "answer",
+    "more_previous": "answer",
+    "more_anchor": "answer",
+    "grade_again": "grade",
+    "grade_more": "grade",
+    "look": "gate",
+    "reserve": "evalset",
+}
+"""Stages that do what another does, with other inputs: what is configured for that one is for them too."""
 JUDGE_TEST = "judgetest"
 """The first stage of every round whose judge is no program."""
 
@@ -98,8 +109,8 @@ class RunDir:
         return self.path / "ledger.sqlite"
 
     @property
-    def anchor(self) -> Path:
-        return self.path / "anchor.json"
+    def anchors(self) -> Path:
+        return self.path / "anchors.jsonl"
 
     @property
     def waivers(self) -> Path:

@@ -10,18 +10,18 @@ from typing import Any
 import yaml
 
 from dpo_loop.artifacts import read_manifest, sha256_file
-from dpo_loop.config import Settings
-from dpo_loop.errors import InputError
-from dpo_loop.exchange import read_gate_report
+from dpo_loop.config import Settings, SftStart
+from dpo_loop.errors import CorruptArtifactError
+from dpo_loop.exchange import read_prompt_sets
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import base_name
-from dpo_loop.reporting.model_card import UNKNOWN_LICENCE, CardFacts, TrainedRound, What, render_card
-from dpo_loop.types import PolicyRef
+from dpo_loop.reporting.model_card import UNKNOWN_LICENCE, Base, CardFacts, Sft, TrainedRound, What, render_card
+from dpo_loop.types import PolicyRef, PromptSet, RoundSummary
 from flows.approval import decision_of
 from flows.config import RunConfig
-from flows.inputs import candidate_of, is_published
+from flows.inputs import candidate_of
 from flows.paths import WORLD_PREFIX, is_hub_id
-from flows.rounds import RoundState, state_of
+from flows.shipments import blessing_of, check_has_policy, gate_of
 from flows.steps import read_run_config
 from flows.summary import row_of
 from judges.config import Judge, members_of
@@ -46,14 +46,6 @@ def card_of(run: RunDir, round_number: int, *, licence: str | None = None) -> st
     return card(run, round_number, policy, what=what, licence=licence_of(run, policy, licence).name)
 
 
-def check_has_policy(run: RunDir, round_number: int) -> None:
-    if state_of(run, round_number) is RoundState.NEW:
-        raise InputError(f"{run.path} has no round {round_number}; it has rounds 0 to {len(run.rounds()) - 1}")
-    stage = "seed" if round_number == 0 else "train"
-    if not is_published(run, round_number, stage):
-        raise InputError(f"round {round_number} of {run.path} has made no policy: its stage {stage} is not published")
-
-
 def card(
     run: RunDir,
     round_number: int,
@@ -65,39 +57,55 @@ def card(
     rounds_of_pairs: tuple[int, ...] = (),
     figures: Mapping[str, Any] | None = None,
 ) -> str:
-    """figures: of the export itself."""
+    """figures: of the export itself. Raises CorruptArtifactError where a gate's report, a blessing or a round's end is not what it was."""
     config, here = read_run_config(run), run.round(round_number)
-    gate_dir = here.stage("gate")
-    gate = read_gate_report(gate_dir) if read_manifest(gate_dir) else None
+    gate = gate_of(run, round_number)
+    if what != "pairs" and gate is not None and gate.candidate is not None and gate.candidate.key != policy.key:
+        raise CorruptArtifactError(
+            f"round {round_number} of {run.path} made policy {policy.key}, but its gate graded {gate.candidate.key}. Put back from a copy what was changed."
+        )
     numbers = range(round_number + 1)
     return render_card(
         CardFacts(
             run_id=config.run_id,
             round=round_number,
             what=what,
-            base=base_label(config, policy),
+            base=base_of(config, policy),
             policy=policy,
             licence=licence,
-            blessed=here.blessing.is_file(),
+            blessed=blessing_of(run, round_number) is not None,
             training=config.training,
             judge=_judge(config.judge),
             safety_judge=_named(config.grading.safety),
-            lineage=tuple(row_of(run, number) for number in numbers),
+            sft=_sft(run, config),
+            lineage=tuple(_row(run, number) for number in numbers),
             trained=tuple(row for number in numbers if (row := _trained(run, number)) is not None),
             gate=gate,
+            # Looks that may each decide share alpha, as in the stage `gate`.
+            alpha=config.gate.alpha / (2 if config.prompts.eval_reserve > 0 else 1),
             report_sha256=None if gate is None else sha256_file(here.gate_report),
             decision=decision_of(run, round_number),
             forced=forced,
             rounds_of_pairs=rounds_of_pairs,
+            pool=_pool(run, config),
             figures=figures or {},
         )
     )
 
 
-def base_label(config: RunConfig, policy: PolicyRef) -> str:
-    """How the base is known elsewhere: its hub id, or that of the model it was fine-tuned from; else the name of its directory."""
-    name = base_name(policy.base)
-    return config.start.model if "/" not in name and is_hub_id(config.start.model) else name
+def base_of(config: RunConfig, policy: PolicyRef) -> Base:
+    """What a policy stands on, as it is known elsewhere. SFT of all weights makes a model that nobody else has; SFT of an adapter leaves the base as it is."""
+    start = config.start
+    fine_tuned = isinstance(start, SftStart) and start.sft.lora is None
+    hub_id = hub_id_of(start.model) or (None if fine_tuned else hub_id_of(policy.base))
+    return Base(name=hub_id or base_name(start.model.removeprefix(WORLD_PREFIX)), hub_id=hub_id, is_fine_tuned=fine_tuned)
+
+
+def hub_id_of(model: str) -> str | None:
+    """Of a hub id, and of its snapshot in the cache; None for any other directory."""
+    if any(part.startswith("models--") for part in Path(model).parts):
+        return base_name(model)
+    return model if is_hub_id(model) else None
 
 
 def licence_of(run: RunDir, policy: PolicyRef, given: str | None) -> Licence:
@@ -131,6 +139,32 @@ def _licence_in_card(path: Path) -> str | None:
         return None
     found = metadata.get("license") if isinstance(metadata, dict) else None
     return found if isinstance(found, str) else None
+
+
+def _row(run: RunDir, number: int) -> RoundSummary:
+    """Of the lineage, in which a gate is quoted too."""
+    row, gate = row_of(run, number), gate_of(run, number)
+    if row.gate is not (gate and gate.state):
+        raise CorruptArtifactError(
+            f"{run.round(number).manifest} says that the gate of round {number} said {row.gate and row.gate.value}, but the gate's own report says "
+            f"{gate and gate.state.value}. Put it back from a copy."
+        )
+    return row
+
+
+def _sft(run: RunDir, config: RunConfig) -> Sft | None:
+    made = read_manifest(run.round(0).stage("seed"))
+    if not isinstance(config.start, SftStart) or made is None:
+        return None
+    num = next((tally.parts.get("trained") for tally in made.outcome.tallies if tally.of == "demonstrations"), None)
+    return Sft(config.start.sft, num, made.outcome.metrics)
+
+
+def _pool(run: RunDir, config: RunConfig) -> PromptSet:
+    """Where the prompts that the run trains on come from: the first set of the evaluation is what was held out of them."""
+    evalset, pool = run.round(0).stage("evalset"), config.prompts.pool
+    known = read_prompt_sets(evalset) if read_manifest(evalset) else ()
+    return known[0] if known else PromptSet(source=Path(pool.path.removeprefix(WORLD_PREFIX)).name, num_prompts=0)
 
 
 def _trained(run: RunDir, round_number: int) -> TrainedRound | None:

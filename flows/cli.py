@@ -104,6 +104,7 @@ def _with_risk(overrides: tuple[str, ...], accepted: str | None) -> tuple[str, .
 
 
 def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool, *, one_round: bool) -> None:
+    from flows.gate_checks import gate_warnings
     from flows.judge_checks import warnings
     from flows.play import play
     from flows.preflight import checked_config
@@ -111,7 +112,7 @@ def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool,
     if skip_bad:
         overrides = (*overrides, "prompts.skip_bad=true")
     config: RunConfig = checked_config(path, overrides)
-    for line in warnings(config):
+    for line in (*warnings(config), *gate_warnings(config)):
         click.echo(f"warning: {line}", err=True)
     sys.exit(play(config, one_round=one_round, as_json=as_json))
 
@@ -124,13 +125,11 @@ def estimate(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, a
     from rich.console import Console
 
     from flows.config import load_config
-    from flows.estimate import lines_of, table_of, works_of
-    from judges.estimate import as_json as told_of
-    from judges.estimate import estimate as rows_of
+    from flows.estimate import lines_of, rows_of, table_of, told_of
 
     loaded = load_config(config, overrides)
-    rows = rows_of(works_of(loaded), loaded.budget)
-    told = told_of(rows, loaded.budget)
+    rows = rows_of(loaded)
+    told = told_of(rows, loaded)
     if rows:
         Console(width=None if sys.stdout.isatty() else 160).print(table_of(rows, told))
     for line in lines_of(rows, told):

@@ -75,7 +75,7 @@ class RunConfig(Settings):
     """How often a stage that failed for a passing reason (outage, time-out, killed) is tried again."""
     stage_timeout_s: float | None = Field(None, gt=0)
     stage_python: dict[str, str] = Field(default_factory=dict)
-    """Stage name → interpreter that runs it, where that is not the flow's own."""
+    """Stage name → interpreter that runs it, where that is not the flow's own. That of `answer` also runs its like (layout.SAME_AS)."""
     review_timeout_s: float = Field(0.0, ge=0)
     """How long a round that needs a person is waited for before the loop goes on with the previous policy; 0 ends the command."""
 

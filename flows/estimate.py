@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
-from dpo_loop.config import BuiltinPool, JsonlPool
+from dpo_loop.config import BuiltinPool, ExternalPool, HubPool, JsonlPool, Pool
 from dpo_loop.prompts.pool import read_pool
 from dpo_loop.types import Side
 from flows.config import RunConfig
 from flows.paths import WORLD_PREFIX
-from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, looks_of, safety_works
+from judges.estimate import LIKELY_BYTES_PER_TOKEN, Row, Work, as_json, estimate, looks_of, safety_works
 from judges.selftest.config import judges_to_test
 from judges.selftest.golden import DRIFT_TRIALS, load_golden, trials_of
 
@@ -22,16 +23,38 @@ if TYPE_CHECKING:
 UNKNOWN_PROMPT_BYTES = 400
 """Of a prompt in a pool that is not read here."""
 WORLD_PROMPT_BYTES = 40
+_POLICIES_OF_A_TOP_UP = 3
+"""Candidate, previous and anchor answer the reserve: none of them was asked it when it was a candidate, unless its own look could not decide."""
 
 
-def works_of(config: RunConfig) -> list[Work]:
+def rows_of(config: RunConfig) -> list[Row]:
+    """The reserve of evaluation prompts is asked only where the gate's first look cannot decide, so it is in what is spent at most and in nothing else."""
+    likely, most = (estimate(works_of(config, with_reserve=counted), config.budget) for counted in (False, True))
+    return [
+        replace(row, calls_at_most=whole.calls_at_most, usd_at_most=whole.usd_at_most)
+        for row, whole in zip(likely, most, strict=True)
+    ]
+
+
+def told_of(rows: list[Row], config: RunConfig) -> dict[str, Any]:
+    return as_json(rows, config.budget) | {"eval_reserve": config.prompts.eval_reserve, "not_counted": not_counted(config)}
+
+
+def works_of(config: RunConfig, *, with_reserve: bool = True) -> list[Work]:
     """The test of the judges, the labels of a round and the win rates of its evaluation. Raises InputError if a file of prompts cannot be read."""
     num, prompt_bytes = _pool(config)
+    at_first = 1 - config.prompts.eval_reserve
     prompts = config.prompts
     fresh = num if num is None else round(num * (1 - prompts.eval_fraction) / prompts.num_buckets)
     labels = prompts.num_per_round if fresh is None else min(prompts.num_per_round, fresh)
     held_out = prompts.max_eval if num is None else min(prompts.max_eval, round(num * prompts.eval_fraction))
     held_out += _num_prompts(config, Side.TASK)
+    if not with_reserve:
+        held_out = round(held_out * at_first)
+    graded = {side: _num_prompts(config, side) for side in (Side.HARMFUL, Side.BENIGN)}
+    for side, whole in graded.items():
+        first = round(whole * at_first)
+        graded[side] = first + with_reserve * _POLICIES_OF_A_TOP_UP * (whole - first)
     generation = config.generation
     return [
         *_tests(config),
@@ -53,7 +76,7 @@ def works_of(config: RunConfig) -> list[Work]:
         ),
         *safety_works(
             config.grading.safety,
-            {side: _num_prompts(config, side) for side in (Side.HARMFUL, Side.BENIGN)},
+            graded,
             prompt_bytes=prompt_bytes,
             answer_tokens=config.answering.max_new_tokens,
         ),
@@ -79,12 +102,28 @@ def _tests(config: RunConfig) -> Iterator[Work]:
 
 def _num_prompts(config: RunConfig, side: Side) -> int:
     """Of one side in the evaluation sets that are read here: not in a world that is still to be made, nor in a set of the hub."""
-    read = [
-        pool
-        for pool in config.prompts.eval_sets
-        if isinstance(pool, BuiltinPool) or (isinstance(pool, JsonlPool) and not pool.path.startswith(WORLD_PREFIX))
-    ]
-    return sum(prompt.side is side for pool in read for prompt in read_pool(pool, None, skip_bad=True).prompts)
+    read = (read_pool(pool, None, skip_bad=True).prompts for pool in config.prompts.eval_sets if _elsewhere(pool) is None)
+    return sum(prompt.side is side for prompts in read for prompt in prompts)
+
+
+def not_counted(config: RunConfig) -> list[str]:
+    """Evaluation sets of which nobody knows here how many prompts they have."""
+    return [name for pool in config.prompts.eval_sets if (name := _elsewhere(pool)) is not None]
+
+
+def _elsewhere(pool: Pool) -> str | None:
+    """The name of a set that is to be made or loaded, None for one that is here."""
+    match pool:
+        case ExternalPool():
+            return pool.source or pool.set
+        case HubPool():
+            return pool.path
+        case JsonlPool():
+            return pool.path if pool.path.startswith(WORLD_PREFIX) else None
+        case BuiltinPool():
+            return None
+        case _:
+            assert_never(pool)
 
 
 def _pool(config: RunConfig) -> tuple[int | None, int]:
@@ -131,6 +170,15 @@ def lines_of(rows: list[Row], told: dict[str, Any]) -> list[str]:
     lines = [
         f"Prices as of {told['prices_as_of']}. Likely: answers half as long as they may be; at most: what the budget would set aside."
     ]
+    if sets := told["not_counted"]:
+        lines.append(
+            f"not counted: the prompts of {', '.join(sets)}, which are not here before the run; they cost more than is said above."
+        )
+    if told["eval_reserve"]:
+        lines.append(
+            f"prompts.eval_reserve = {told['eval_reserve']:g}: this share of the evaluation is asked only where the gate's first look cannot decide, and "
+            "is counted in `at most` alone."
+        )
     if not caps:
         lines.append("No cap is set; budget.usd_per_round stops a round before the call that would go over it.")
     for name, cap in caps.items():

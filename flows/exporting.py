@@ -1,7 +1,10 @@
 """Shipping: a blessed policy as an adapter or a merged model, or the pairs it was trained on, with card, licence and a manifest.
 
 Only what was blessed is exported. `--force` lets a person export the rest: it is then said in the card, in `export.json`, and in `exports.jsonl` of
-the run, where every export is written down before it can be seen. An export is made aside and renamed: there is a whole one or none.
+the run. An export is made aside and renamed: there is a whole one or none.
+
+`exports.jsonl` has a row before an export can be seen, {"event": "begun", "out", "export_sha256", …}, and one after: `done`, or `failed` with the reason.
+Where only `begun` is there, the process was killed between the two: `out` holds an `export.json` of that hash, or nothing was published.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ from typing import Any, Literal
 
 from dpo_loop.artifacts import now, package_versions, read_manifest, sha256_file, verify
 from dpo_loop.errors import CorruptArtifactError, InputError
-from dpo_loop.exchange import read_gate_report, read_pairs
+from dpo_loop.exchange import read_pairs
 from dpo_loop.files import hold, sync_directory, sync_tree, write_json, write_text
 from dpo_loop.journal import Journal
 from dpo_loop.layout import RunDir
-from dpo_loop.policies import ADAPTER_ORIGIN, adapter_sha256, base_name, describe_policy
+from dpo_loop.policies import ADAPTER_ORIGIN, adapter_sha256, describe_policy
 from dpo_loop.reporting.model_card import What
 from dpo_loop.types import GateState, HumanDecision, PolicyRef, Record
-from flows.card import base_label, card, licence_of
+from flows.card import base_of, card, hub_id_of, licence_of
 from flows.pair_formats import PairFormat, write_pairs
-from flows.shipments import Force, Shipment, pairs_to_ship, policy_to_ship
+from flows.shipments import Force, Shipment, gate_of, pairs_to_ship, policy_to_ship
 from flows.steps import read_run_config
 
 EXPORT = "export.json"
@@ -35,6 +38,9 @@ CARD = "README.md"
 class ExportedPolicy(Record):
     key: str
     base: str
+    """Hub id, or name of its directory."""
+    fine_tuned: bool = False
+    """Whether base_sha256 is not of `base` but of the model that the run made from it by SFT."""
     base_sha256: str
     revision: str | None
     adapter_sha256: str | None
@@ -80,7 +86,7 @@ def export(
     CorruptArtifactError for files that changed since they were recorded, BusyError while another export of the run is made.
     """
     out = out.absolute()
-    check_free(out)
+    check_free(out, run)
     shipped = pairs_to_ship(run, round_number, force) if what == "pairs" else policy_to_ship(run, round_number, force)
     forced = force if shipped.blessing is None else None
     owed = licence_of(run, shipped.policy, licence)
@@ -108,17 +114,23 @@ def export(
         manifest = _manifest(run, work, shipped, what, pair_format or "trl", owed.name, figures, forced)
         write_json(work / EXPORT, manifest)
         sync_tree(work)
-        _record(run, out, manifest)
-        os.rename(work, out)
-        sync_directory(out.parent)
+        _publish(run, work, out, manifest)
     return manifest
 
 
-def check_free(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise InputError(f"--out: {out} is in use; give a directory that is empty or does not exist. Nothing was overwritten.")
+def check_free(out: Path, run: RunDir) -> None:
+    """Raises InputError for a place that cannot become a directory of its own, or that is the run's."""
+    if os.path.islink(out):
+        raise InputError(f"--out: {out} is a link; give a directory itself, which is empty or does not exist. Nothing was written.")
+    if Path(os.path.realpath(out)).is_relative_to(run.path.resolve()):
+        raise InputError(f"--out: {out} is inside the run, whose files stay as they were made; give a place outside {run.path}")
+    try:
+        if out.is_dir() and not any(out.iterdir()):
+            return
+        if out.exists():
+            raise InputError(f"--out: {out} is in use; give a directory that is empty or does not exist. Nothing was overwritten.")
+    except OSError as error:
+        raise InputError(f"--out: {out} cannot be used: {error.strerror}") from error
     if not out.parent.is_dir():
         raise InputError(f"--out: {out.parent} does not exist; make it first")
 
@@ -128,17 +140,35 @@ def _aside(out: Path, run: RunDir) -> Iterator[Path]:
     """A hidden directory beside `out`; gone again unless it was renamed, and cleared of what a crash left."""
     work = out.parent / f".{out.name}.{read_run_config(run).run_id}.work"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    try:
+        work.mkdir()
+    except OSError as error:
+        told = "is in the way; remove it" if os.path.lexists(work) else f"cannot be made: {error.strerror}"
+        raise InputError(f"--out: {work}, where an export is made before it is renamed, {told}. Nothing was written.") from error
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _record(run: RunDir, out: Path, manifest: ExportManifest) -> None:
+def _publish(run: RunDir, work: Path, out: Path, manifest: ExportManifest) -> None:
+    known = {"out": str(out), "export_sha256": sha256_file(work / EXPORT)}
+    with _journal_of(run) as journal:
+        journal.append([{"event": "begun", **known, **manifest.model_dump(mode="json", exclude={"files", "versions", "figures"})}])
+        try:
+            os.rename(work, out)
+        except OSError as error:
+            journal.append([{"event": "failed", **known, "why": error.strerror, "at": now()}])
+            raise InputError(
+                f"--out: {out} could not be made: {error.strerror}; it was free when the export began. Nothing was exported, and {run.exports} says so."
+            ) from error
+        sync_directory(out.parent)
+        journal.append([{"event": "done", **known, "at": now()}])
+
+
+def _journal_of(run: RunDir) -> Journal:
     try:
-        with Journal(run.exports) as journal:
-            journal.append([{"out": str(out), **manifest.model_dump(mode="json", exclude={"files", "versions", "figures"})}])
+        return Journal(run.exports)
     except ValueError as error:
         raise CorruptArtifactError(f"{error}. Every export of the run is written down there: put it back from a copy.") from error
 
@@ -169,10 +199,8 @@ def _copy_adapter(work: Path, policy: PolicyRef) -> dict[str, Any]:
             shutil.copyfile(source / name, work / name)
     _check_adapter(work, policy)
     config = json.loads((work / "adapter_config.json").read_bytes())
-    name = base_name(policy.base)
-    known = (
-        {"base_model_name_or_path": name, "revision": policy.revision} if "/" in name else {"base_model_name_or_path": policy.base}
-    )
+    hub_id = hub_id_of(policy.base)
+    known = {"base_model_name_or_path": hub_id, "revision": policy.revision} if hub_id else {"base_model_name_or_path": policy.base}
     write_json(work / "adapter_config.json", config | known)
     return {}
 
@@ -210,8 +238,7 @@ def _manifest(
     forced: Force | None,
 ) -> ExportManifest:
     config, blessing, policy = read_run_config(run), shipped.blessing, shipped.policy
-    here = run.round(shipped.round)
-    gate = read_gate_report(here.stage("gate")) if read_manifest(here.stage("gate")) else None
+    gate, base = gate_of(run, shipped.round), base_of(config, policy)
     return ExportManifest(
         what=what,
         format=pair_format if what == "pairs" else None,
@@ -219,12 +246,13 @@ def _manifest(
         rounds=shipped.rounds_of_pairs or (shipped.round,),
         policy=ExportedPolicy(
             key=policy.key,
-            base=base_label(config, policy),
+            base=base.name,
+            fine_tuned=base.is_fine_tuned,
             **policy.model_dump(include={"base_sha256", "revision", "adapter_sha256"}),
         ),
         blessed_at=blessing and blessing.blessed_at,
         gate_state=gate and gate.state,
-        report_sha256=sha256_file(here.gate_report) if gate else None,
+        report_sha256=sha256_file(run.round(shipped.round).gate_report) if gate else None,
         decision=blessing and blessing.decision,
         forced=forced,
         licence=licence,

@@ -72,7 +72,7 @@ def rebase(run: RunDir, round_number: int, reviewer: str, reason: str) -> None:
 
     moved = move(run, round_number, reviewer=reviewer, reason=reason)
     click.echo(
-        f"the anchor of rounds to come is the policy of round {moved.round}, until now of round {moved.before}; kept at {run.anchor}"
+        f"the anchor of rounds to come is the policy of round {moved.round}, until now of round {moved.before}; kept at {run.anchors}"
     )
 
 
@@ -98,6 +98,6 @@ def report(rows: Path | None, config: Path | None, comparisons: Path | None, out
     from flows.gating import gate_rows, write_page
 
     judged = gate_rows(rows, config, out, comparisons)
-    page = write_page(judged, out, redact=not reveal)
+    page = write_page(judged, out, rows=rows, config=config, comparisons=comparisons, redact=not reveal)
     click.echo(f"{judged.report.state.value}: {page}")
     sys.exit(judged.report.state.exit_code)

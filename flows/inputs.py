@@ -9,10 +9,11 @@ from typing import Any, assert_never
 from dpo_loop.artifacts import read_manifest, sha256_file
 from dpo_loop.config import BuiltinPool, ExternalPool, HubPool, JsonlPool, ModelStart, Pool, SftStart
 from dpo_loop.errors import InputError
-from dpo_loop.layout import RunDir
+from dpo_loop.exchange import read_gate_report
+from dpo_loop.layout import TOP_UP, RunDir
 from dpo_loop.policies import read_blessing, read_policy
 from dpo_loop.prompts.builtin import builtin_file
-from dpo_loop.types import Blessing, PolicyName, PolicyRef
+from dpo_loop.types import Blessing, GateState, PolicyName, PolicyRef
 from flows.config import RunConfig
 from flows.paths import WORLD_PREFIX, is_hub_id, placeless_start
 from flows.terms import terms_of
@@ -119,10 +120,7 @@ def inputs_of(run: RunDir, round_number: int, name: str, config: RunConfig, inva
         case "grade_again":
             return _grading(config, round_number, evalset, {"candidate": here.stage("answer_again")})
         case "grade_more":
-            anchor = here.stage("more_anchor")
-            previous = anchor if previous_is_anchor(run, round_number) else here.stage("more_previous")
-            more: dict[PolicyName, Path] = {"candidate": here.stage("more_candidate"), "previous": previous, "anchor": anchor}
-            return _grading(config, round_number, first.stage("reserve"), more)
+            return _grading(config, round_number, first.stage("reserve"), _more_answers(run, round_number))
         case "look" | "gate":
             return _gate_inputs(run, round_number, config, invalid, is_look=name == "look")
         case "report":
@@ -181,6 +179,30 @@ def _answers(run: RunDir, round_number: int, stage: str = "answer") -> dict[Poli
     return {policy: run.round(number).stage(stage) for policy, number in numbers.items()}
 
 
+def _more_answers(run: RunDir, round_number: int) -> dict[PolicyName, Path]:
+    here = run.round(round_number)
+    anchor = here.stage("more_anchor")
+    previous = anchor if previous_is_anchor(run, round_number) else here.stage("more_previous")
+    return {"candidate": here.stage("more_candidate"), "previous": previous, "anchor": anchor}
+
+
+def top_up_of(run: RunDir, round_number: int, config: RunConfig) -> tuple[str, ...]:
+    """The stages of the top-up; none where the first look decided, or there is no reserve. The anchor answers once where it is also the previous policy.
+
+    More prompts help where a check lacks evidence and nothing is broken. Raises InputError while the first look is still to come.
+    """
+    if not config.prompts.eval_reserve:
+        return ()
+    look = run.round(round_number).stage("look")
+    if read_manifest(look) is None:
+        raise InputError(f"round {round_number}: the stage look comes first; it says whether the reserve of prompts is needed")
+    report = read_gate_report(look)
+    undecided = any(check.state is GateState.INCONCLUSIVE and check.waived_by is None for check in report.checks)
+    if not undecided or report.state in (GateState.FAIL, GateState.INVALID):
+        return ()
+    return tuple(name for name in TOP_UP if name != "more_previous" or not previous_is_anchor(run, round_number))
+
+
 def previous_is_anchor(run: RunDir, round_number: int) -> bool:
     return pinned_parent(run, round_number).round == terms_of(run, round_number).anchor_round
 
@@ -195,18 +217,21 @@ def _gate_inputs(run: RunDir, round_number: int, config: RunConfig, invalid: tup
     if invalid:
         candidate = candidate_of(run, round_number) if is_published(run, round_number, "train") else None
         return {"reasons": invalid, "candidate": candidate, **policies, **identity}
-    topped_up = not is_look and is_published(run, round_number, "grade_more")
+    topped_up = not is_look and bool(top_up_of(run, round_number, config))
     return {
         "prompts": first.stage("evalset"),
         "grades": here.stage("grade"),
         "answers": _answers(run, round_number),
         "capability": _answers(run, round_number, "capability") if config.capability.tasks else {},
-        "more": {"prompts": first.stage("reserve"), "grades": here.stage("grade_more")} if topped_up else {},
+        "more_answers": _more_answers(run, round_number) if topped_up else None,
+        "more_prompts": first.stage("reserve") if topped_up else None,
+        "more_grades": here.stage("grade_more") if topped_up else None,
         "candidate": candidate_of(run, round_number),
         **policies,
         "first_grades": first.stage("grade"),
         "again": first.stage("grade_again") if is_published(run, 0, "grade_again") else None,
         "trained": tuple(run.round(number).stage("prompts") for number in range(1, round_number + 1)),
+        "demonstrations": _file(run, config.start.demonstrations) if isinstance(config.start, SftStart) else None,
         "held_out": tuple(first.stage(name) for name in ("evalset", "reserve") if is_published(run, 0, name)),
         "heuristic_safety": any(isinstance(grader, RefusalHeuristic) for grader in sides_of(config.grading.safety).values()),
         "terms": terms,

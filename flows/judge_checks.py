@@ -9,7 +9,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_loop.errors import InputError
+from dpo_loop.errors import InputError, JudgeUnfitError
+from dpo_loop.evaluation.provenance import canary_problem
+from dpo_loop.exchange import read_judge_canary
+from dpo_loop.layout import RunDir
 from flows.config import RunConfig
 from flows.paths import is_hub_id
 from flows.steps import import_from_here
@@ -78,6 +81,16 @@ def _remote_problems(config: RunConfig, name: str, judge: RemoteModel) -> Iterat
             config.budget.price_list().of(judge.model)
         except InputError as error:
             yield f"{name}.model: {error}"
+
+
+def refuse_unfit_grader(run: RunDir, config: RunConfig) -> None:
+    """Round 0 has shown how the grader of safety does on answers whose grade is known. Raises JudgeUnfitError where every round would be INVALID by it."""
+    canary = read_judge_canary(run.round(0).stage("grade"))
+    if canary is not None and (problem := canary_problem(canary, None, config.gate)) is not None:
+        raise JudgeUnfitError(
+            f"{problem}. Every round would be INVALID, so none begins. In a new run, name another judge under grading.safety, or, where this is known "
+            "and wanted, lower gate.min_judge_accuracy."
+        )
 
 
 def warnings(config: RunConfig) -> list[str]:

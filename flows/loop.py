@@ -20,7 +20,8 @@ from dpo_loop.layout import JUDGE_TEST, RunDir
 from flows.approval import decision_of, how_to_decide
 from flows.artifacts import publish_round
 from flows.config import ConfigFile, RunConfig, apply_overrides, read_raw
-from flows.inputs import is_published
+from flows.inputs import is_published, top_up_of
+from flows.judge_checks import refuse_unfit_grader
 from flows.preflight import check
 from flows.progress import Event, tell
 from flows.rounds import (
@@ -35,7 +36,7 @@ from flows.rounds import (
     state_of,
     stop_reason,
 )
-from flows.steps import read_run_config, stages_of, top_up_of
+from flows.steps import read_run_config, stages_of
 from flows.summary import row_of, write_index_page
 from flows.tasks import run_stage
 
@@ -91,6 +92,8 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
     if round_number == 0:
         for name in names:
             stage(name)
+            if name == "grade":
+                refuse_unfit_grader(run, config)
     elif not is_made(run, round_number):
         if not is_published(run, round_number, "gate"):
             try:
@@ -107,7 +110,7 @@ def play_round(run_id: str, run_dir: str, round_number: int) -> State[Any]:  # n
                 stage("grade")
                 if "look" in names:
                     stage("look")
-                    for name in top_up_of(run, round_number):
+                    for name in top_up_of(run, round_number, config):
                         stage(name)
             except InvalidRoundError as error:
                 get_run_logger().warning("round %s is INVALID: %s", round_number, error)

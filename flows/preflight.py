@@ -21,6 +21,7 @@ from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from dpo_loop.prompts.external import problems as external_problems
 from flows.config import RunConfig, read_raw, schema_problems
+from flows.gate_checks import gate_problems
 from flows.judge_checks import judge_problems
 from flows.paths import WORLD_PREFIX, is_hub_id, resolve_paths
 from flows.repair import problems_of_the_rest
@@ -52,7 +53,7 @@ def preflight(config: RunConfig) -> list[str]:
         *_pool_problems(config),
         *_engine_problems(config),
         *judge_problems(config),
-        *_gate_problems(config),
+        *gate_problems(config),
         *_capability_problems(config),
         *_stage_python_problems(config),
     ]
@@ -158,14 +159,6 @@ def _rank_problems(config: RunConfig, name: str, rank: int) -> Iterator[str]:
     limit = config.generation.engine.max_lora_rank
     if rank > limit:
         yield f"{name}: {rank} is above the engine's limit {limit}; raise generation.engine.max_lora_rank or lower the rank"
-
-
-def _gate_problems(config: RunConfig) -> Iterator[str]:
-    for index, rule in enumerate(config.gate.checks):
-        if rule.metric == "pass_rate" and config.grading.task is None:
-            yield f"gate.checks.{index}.metric: pass_rate needs a task grader; set grading.task or remove the check"
-        if rule.task is not None and rule.task not in (known := [task.id for task in config.capability.tasks]):
-            yield f"gate.checks.{index}.task: {rule.task} is none of capability.tasks ({', '.join(known) or 'there is none'})"
 
 
 def _capability_problems(config: RunConfig) -> Iterator[str]:

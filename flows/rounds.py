@@ -19,6 +19,7 @@ from dpo_loop.layout import STAGES, STAGES_OF_ROUND_0, RunDir
 from dpo_loop.policies import POLICY_FILE, read_blessing, write_blessing
 from dpo_loop.types import Blessing, GateState, HumanDecision, PolicyRef, RoundManifest, RoundSummary
 from flows.approval import decision_of
+from flows.chain import broken_link
 from flows.config import RunConfig, changed_keys
 from flows.inputs import candidate_of, is_published
 from flows.steps import read_run_config, stages_of
@@ -217,10 +218,20 @@ def _promote(run: RunDir, round_number: int, gate: GateState | None, decision: H
         if manifest is None:
             raise CorruptArtifactError(f"round {round_number} cannot be promoted: {here.stage(name)} is not published")
         verify(here.stage(name), manifest)
+    candidate = candidate_of(run, round_number)
+    if round_number > 0:
+        judged = read_gate_report(here.stage("gate")).candidate
+        if judged is None or judged.key != candidate.key:
+            raise CorruptArtifactError(
+                f"round {round_number} cannot be promoted: its gate judged another candidate than the one in {here.stage('train')}. Remove that folder "
+                "and the stages after it, and run the same command again: they are made anew."
+            )
+        if (broken := broken_link(run, round_number)) is not None:
+            raise CorruptArtifactError(f"round {round_number} cannot be promoted: {broken}")
     if not here.blessing.is_file():
         blessing = Blessing(
             round=round_number,
-            policy=candidate_of(run, round_number),
+            policy=candidate,
             gate_state=gate,
             report_sha256=sha256_file(here.gate_report) if gate is not None else None,
             decision=decision,

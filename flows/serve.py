@@ -1,7 +1,11 @@
 """`dpo-loop serve-report`: the reports of a run over HTTP, read-only, from the standard library.
 
 What is served is a list, not a folder: a URL is compared as it came, undecoded, with the patterns below, so that no spelling of a path leads
-elsewhere. The pages hold what models wrote; their own policy (hashes of their one script and style) is sent as a header too.
+elsewhere, and a file is served only if it is that file and no link. The pages hold what models wrote; their own policy (hashes of their one
+script and style) is sent as a header too.
+
+A browser is answered only under a name that cannot be made to point here by somebody else (DNS rebinding): the --host that was given and its
+address, with this port; on loopback any name of loopback; on all addresses (0.0.0.0, ::) any address written in numbers, and localhost.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import signal
 import socket
 import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,8 +31,10 @@ _OF_A_ROUND = re.compile(rf"/rounds/([0-9]{{3}})/(report/report\.html|gate/{re.e
 _TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".xml": "application/xml; charset=utf-8"}
 _PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)">')
 _HEAD_BYTES = 4096
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/]+))(?::([0-9]{1,5}))?")
 _HTTP_PORT = 80
 """Which browsers leave out of the Host header."""
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NOTHING = "default-src 'none'"
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -51,10 +57,8 @@ def serve(run: RunDir, host: str, port: int, announce: Callable[[str], None]) ->
 
 
 def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -75,18 +79,30 @@ class ReportServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{_bracketed(self.host)}:{self.server_port}/"
 
-    def knows(self, host_header: str | None) -> bool:
-        """On loopback only names of loopback are answered: a web site whose name was made to point here (DNS rebinding) asks under its own."""
-        if not is_loopback(self.host):
-            return True
-        names = {_bracketed(self.host), "localhost", "127.0.0.1", "[::1]"}
-        shown = {f"{name}:{self.server_port}" for name in names}
-        return host_header in (shown | names if self.server_port == _HTTP_PORT else shown)
+    def knows(self, host_headers: Sequence[str]) -> bool:
+        """Whether the request names this server; see the top of this file. A request has one Host header, in any case of letters."""
+        found = _HOST.fullmatch(host_headers[0].lower()) if len(host_headers) == 1 else None
+        if found is None or int(found[3] or _HTTP_PORT) != self.server_port:
+            return False
+        name, bound = found[1] or found[2], _address(str(self.server_address[0]))
+        asked = _address(name)
+        everywhere = bound is not None and bound.is_unspecified
+        if asked is None:
+            return name == self.host.lower() or (name == "localhost" and (everywhere or is_loopback(self.host)))
+        return everywhere or asked == bound or (is_loopback(self.host) and str(asked) in ("127.0.0.1", "::1"))
 
     def server_bind(self) -> None:
         """Without the standard library's question for this machine's full name, which may wait for a DNS server."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
+
+
+def _address(host: str) -> _Address | None:
+    """None for a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 def _bracketed(host: str) -> str:
@@ -100,8 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
     """Seconds that a silent connection keeps its thread."""
 
     def do_GET(self) -> None:
-        if not self.server.knows(self.headers["Host"]):
-            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own address only")
+        if not self.server.knows(self.headers.get_all("Host", [])):
+            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own address only, as it was given with --host")
             return
         path = self.path.partition("?")[0]
         run = self.server.run
@@ -167,8 +183,8 @@ def _file_of(run: RunDir, path: str) -> Path | None:
 
 
 def _readable(run: RunDir, file: Path) -> bool:
-    """A file of the run itself: a link that leads out of it is none."""
-    return file.is_file() and file.resolve().is_relative_to(run.path.resolve())
+    """The file itself: a link, also one to another file of the run, is none."""
+    return file.is_file() and file.resolve() == run.path.resolve() / file.relative_to(run.path)
 
 
 def _policy(kind: str, body: bytes) -> str:

@@ -95,6 +95,8 @@ def card(run: RunDir, round_number: int, out: Path | None, licence: str | None) 
         return
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out: {out.absolute().parent} does not exist; make it first")
+    if out.resolve().is_relative_to(run.path.resolve()):
+        raise InputError(f"--out: {out} is inside the run, whose files stay as they were made; give a place outside {run.path}")
     write_text(out, text)
 
 
@@ -102,7 +104,10 @@ def card(run: RunDir, round_number: int, out: Path | None, licence: str | None) 
 @run_argument
 @click.option("--port", type=click.IntRange(0, 65_535), default=0, help="0: any that is free.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="An address of this machine; others can read what is not loopback."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="An address of this machine; others can read what is not loopback. Browsers must ask for this name or its address in numbers.",
 )
 @json_flag
 def serve_report(run: RunDir, port: int, host: str, as_json: bool) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_loop.artifacts import read_manifest, sha256_file
+from dpo_loop.artifacts import read_manifest
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import read_gate_report
 from dpo_loop.layout import RunDir
 from dpo_loop.types import GateReport, GateState, RoundSummary
 from flows.approval import how_to_decide
+from flows.chain import broken_links
 from flows.failures import read_failure
 from flows.rounds import RoundState, current_policy, is_made, next_round, state_of
 from flows.steps import planned_stages, read_run_config, stages_of
@@ -68,6 +69,7 @@ def policy_word(run: RunDir, row: RoundSummary) -> str:
 
 
 def rounds_table(run: RunDir, rows: tuple[RoundSummary, ...], *, title: str | None = None) -> Table:
+    """Where the anchor was moved, its round stands beside the win rate: rates against different anchors are not one series."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -80,7 +82,7 @@ def rounds_table(run: RunDir, rows: tuple[RoundSummary, ...], *, title: str | No
             "–" if row.num_pairs is None else str(row.num_pairs),
             rate(row.pass_rate),
             interval(row.win_rate_previous, row.win_rate_previous_ci),
-            interval(row.win_rate_anchor, row.win_rate_anchor_ci),
+            interval(row.win_rate_anchor, row.win_rate_anchor_ci) + (f" (round {row.anchor_round})" if row.anchor_round else ""),
             rate(row.harmful_rate),
             rate(row.over_refusal_rate),
             gate,
@@ -119,22 +121,6 @@ def print_run(console: Console, run: RunDir) -> None:
         console.print(
             f"round {waiting} waits for a person:\n{how_to_decide(run, waiting)}", markup=False, highlight=False, soft_wrap=True
         )
-
-
-def broken_links(run: RunDir) -> list[str]:
-    """Gate reports that name another report of the round before than the one that is there: one of the two was changed afterwards."""
-    found = []
-    for here in run.rounds():
-        before = run.round(here.number - 1).gate_report if here.number else None
-        if before is None or not before.is_file() or not here.gate_report.is_file():
-            continue
-        named = read_gate_report(here.stage("gate")).previous_report_sha256
-        if named is not None and named != sha256_file(before):  # None: of a dpo-loop that did not chain them yet
-            found.append(
-                f"the gate report of round {here.number} follows report {named[:12]} of round {here.number - 1}, and the one that is there "
-                "is another: the file was changed after the fact. Compare with a backup before you rely on this run."
-            )
-    return found
 
 
 def print_round(console: Console, run: RunDir, round_number: int) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 
 from dpo_loop.artifacts import Stage, fingerprint, has_leftovers, materialize, read_manifest, verify
 from dpo_loop.errors import DpoLoopError, InputError, InvalidRoundError
-from dpo_loop.exchange import read_gate_report
 from dpo_loop.files import read_json
 from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0, TOP_UP, RunDir
-from dpo_loop.types import GateState, StageManifest
+from dpo_loop.types import StageManifest
 from flows.config import RunConfig
 from flows.failures import class_of, read_failure, record_failure
-from flows.inputs import inputs_of, is_published, not_begun, previous_is_anchor
+from flows.inputs import inputs_of, is_published, not_begun, top_up_of
 from flows.stages import stage_of, version_of
 from judges.accounts import Accounts
 from judges.selftest.config import judges_to_test
@@ -41,16 +40,9 @@ def stages_of(config: RunConfig, round_number: int) -> tuple[str, ...]:
 
 def planned_stages(run: RunDir, round_number: int) -> tuple[str, ...]:
     """Those of `stages_of` that this round needs, as far as is known: the top-up only where the first look could not decide."""
-    topped_up = top_up_of(run, round_number)
-    return tuple(n for n in stages_of(read_run_config(run), round_number) if n not in TOP_UP or n in topped_up)
-
-
-def top_up_of(run: RunDir, round_number: int) -> tuple[str, ...]:
-    """The stages of the top-up; none where the first look decided, or is still to come. The anchor answers once where it is also the previous policy."""
-    look = run.round(round_number).stage("look")
-    if read_manifest(look) is None or read_gate_report(look).state is not GateState.INCONCLUSIVE:
-        return ()
-    return tuple(name for name in TOP_UP if name != "more_previous" or not previous_is_anchor(run, round_number))
+    config = read_run_config(run)
+    topped_up = top_up_of(run, round_number, config) if is_published(run, round_number, "look") else ()
+    return tuple(name for name in stages_of(config, round_number) if name not in TOP_UP or name in topped_up)
 
 
 def read_run_config(run: RunDir) -> RunConfig:
@@ -61,12 +53,15 @@ def read_run_config(run: RunDir) -> RunConfig:
 
 
 def _check_exists(run: RunDir, round_number: int, name: str) -> None:
-    names = stages_of(read_run_config(run), round_number)
+    config = read_run_config(run)
+    names = stages_of(config, round_number)
     if name not in names:
         raise InputError(f"round {round_number} has no stage {name}; it has {', '.join(names)}")
     here = run.round(round_number)
     if not (here.parent.is_file() if round_number > 0 else here.path.is_dir()):
         raise InputError(not_begun(run, round_number))
+    if name in TOP_UP and name not in top_up_of(run, round_number, config):
+        raise InputError(f"round {round_number} needs no {name}: its first look decided, or the anchor is also the previous policy")
 
 
 # ----------------------------------------------------------------------------------------------------------- its inputs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
-from dpo_loop.artifacts import read_manifest
 from dpo_loop.evaluation.rates import result_of
 from dpo_loop.evaluation.statistics.bradley_terry import Game, Strength, strengths
 from dpo_loop.exchange import read_comparisons
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import read_blessing
+from flows.summary import graded_parts
 from flows.terms import terms_of
 
 NUM_RESAMPLES = 200
@@ -24,14 +25,14 @@ def strengths_of(run: RunDir, *, alpha: float) -> dict[int, Strength]:
 
 
 def _games(run: RunDir) -> Iterator[Game]:
-    """Undecided comparisons are none. Where the previous policy is the anchor, both comparisons are the same one."""
+    """Undecided comparisons are none; those of a top-up are games like the others. Where the previous policy is the anchor, both comparisons are the same one."""
     for here in run.rounds():
-        if here.number == 0 or read_manifest(here.stage("grade")) is None:
+        if here.number == 0 or not (parts := graded_parts(run, here.number)):
             continue
         parent = read_blessing(here.parent, run=run.path).round
         anchor = terms_of(run, here.number).anchor_round
         opponents = {"anchor": anchor} if parent == anchor else {"anchor": anchor, "previous": parent}
-        for comparison in read_comparisons(here.stage("grade")):
+        for comparison in chain.from_iterable(read_comparisons(graded) for _, graded in parts):
             score = _SCORES.get(result_of(comparison))
             if score is not None and comparison.vs in opponents:
                 yield Game(comparison.prompt_id, here.number, opponents[comparison.vs], score)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from dpo_loop.artifacts import read_manifest
@@ -12,6 +14,7 @@ from dpo_loop.policies import read_blessing
 from dpo_loop.types import GateReport, GateState, RoundManifest, RoundSummary
 from flows.config import RunConfig
 from flows.steps import read_run_config, stages_of
+from flows.terms import terms_of
 
 
 def summaries(run: RunDir) -> tuple[RoundSummary, ...]:
@@ -63,6 +66,7 @@ def summarise(run: RunDir, round_number: int, *, promoted: bool) -> RoundSummary
         report=str(here.report_page.relative_to(run.path)) if "report" in made else None,
         reasons=() if gate is None else gate.reasons,
         accepted_judge_risk=made[JUDGE_TEST].outcome.metrics["accepted_risk"] if JUDGE_TEST in made else None,
+        anchor_round=terms_of(run, round_number).anchor_round,
         **(_rates(run, round_number) if "grade" in made else _NO_RATES),
     )
 
@@ -77,12 +81,30 @@ _NO_RATES: dict[str, Any] = dict.fromkeys(
 )
 
 
+def graded_parts(run: RunDir, round_number: int) -> list[tuple[Path, Path]]:
+    """(prompts, grades) of what a round was judged on: the evaluation and, where the gate asked it too, the reserve. Empty before it is graded."""
+    first, here = run.round(0), run.round(round_number)
+    if read_manifest(here.stage("grade")) is None:
+        return []
+    parts = [(first.stage("evalset"), here.stage("grade"))]
+    gate = _gate(run, round_number)
+    if gate is not None and gate.topped_up and read_manifest(here.stage("grade_more")) is not None:
+        parts.append((first.stage("reserve"), here.stage("grade_more")))
+    return parts
+
+
 def _rates(run: RunDir, round_number: int) -> dict[str, Any]:
+    """As the gate counts them, win rates with its intervals: where a second look is possible, each has half of alpha."""
     from dpo_loop.evaluation.rates import rates_of, win_rates_of
 
-    directory, alpha = run.round(round_number).stage("grade"), read_run_config(run).gate.alpha
-    rates = rates_of(read_grades(directory), read_prompts(run.round(0).stage("evalset")))["candidate"]
-    wins = win_rates_of(read_comparisons(directory), alpha=alpha) if round_number > 0 else {}
+    config = read_run_config(run)
+    alpha = config.gate.alpha / (2 if config.prompts.eval_reserve > 0 else 1)
+    parts = graded_parts(run, round_number)
+    grades = chain.from_iterable(read_grades(graded) for _, graded in parts)
+    prompts = chain.from_iterable(read_prompts(asked) for asked, _ in parts)
+    compared = chain.from_iterable(read_comparisons(graded) for _, graded in parts)
+    rates = rates_of(grades, prompts)["candidate"]
+    wins = win_rates_of(compared, alpha=alpha) if round_number > 0 else {}
     fields: dict[str, Any] = {name: rates.get(name) for name in _NO_RATES if not name.startswith("win_rate")}
     for vs in ("previous", "anchor"):
         win = wins.get(vs)

@@ -16,7 +16,7 @@ from prefect.tasks import Task
 
 from dpo_loop.artifacts import read_manifest
 from dpo_loop.errors import CorruptArtifactError, DpoLoopError, StageFailedError
-from dpo_loop.layout import RunDir
+from dpo_loop.layout import SAME_AS, RunDir
 from flows.config import RunConfig
 from flows.failures import stage_error
 from flows.progress import Event, is_progress, redactor, tell
@@ -29,7 +29,7 @@ SERVER_LOG_EVERY_S = 2.0
 
 
 def stage_command(config: RunConfig, run: RunDir, round_number: int, name: str) -> list[str]:
-    python = config.stage_python.get(name, sys.executable)
+    python = config.stage_python.get(name) or config.stage_python.get(SAME_AS.get(name, name), sys.executable)
     return [python, "-m", "flows.cli", "step", name, "--run", str(run.path), "--round", str(round_number)]
 
 

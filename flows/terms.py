@@ -6,10 +6,14 @@ by does not change under it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from pydantic import Field
 
 from dpo_loop.artifacts import now, sha256_file
 from dpo_loop.errors import DecisionError
+from dpo_loop.evaluation.decision import harm_of
 from dpo_loop.exchange import read_gate_report
 from dpo_loop.files import read_json, read_jsonl, write_json, write_text
 from dpo_loop.layout import RunDir
@@ -17,7 +21,7 @@ from dpo_loop.types import GateState, Record, RoundManifest, Terms, Waiver
 
 
 class AnchorMove(Record):
-    """`anchor.json`: the latest move and, in `before`, the round of the anchor until then."""
+    """A line of `anchors.jsonl`, of which the last one holds. before: the round of the anchor until then."""
 
     round: int
     before: int
@@ -30,8 +34,13 @@ def pin_terms(run: RunDir, round_number: int) -> None:
     """For a round that begins. Does nothing where they are pinned."""
     path = run.round(round_number).terms
     if not path.is_file():
-        holding = tuple(waiver for waiver in waivers(run) if waiver.expires_round >= round_number)
-        write_json(path, Terms(anchor_round=anchor_round(run), waivers=holding))
+        anchor = anchor_round(run)
+        holding = tuple(
+            waiver
+            for waiver in waivers(run)
+            if waiver.expires_round >= round_number and (waiver.vs != "anchor" or waiver.anchor_round == anchor)
+        )
+        write_json(path, Terms(anchor_round=anchor, waivers=holding))
 
 
 def terms_of(run: RunDir, round_number: int) -> Terms:
@@ -41,7 +50,12 @@ def terms_of(run: RunDir, round_number: int) -> Terms:
 
 
 def anchor_round(run: RunDir) -> int:
-    return read_json(run.anchor, AnchorMove).round if run.anchor.is_file() else 0
+    made = moves(run)
+    return made[-1].round if made else 0
+
+
+def moves(run: RunDir) -> tuple[AnchorMove, ...]:
+    return tuple(read_jsonl(run.anchors, AnchorMove)) if run.anchors.is_file() else ()
 
 
 def waivers(run: RunDir) -> tuple[Waiver, ...]:
@@ -60,7 +74,7 @@ def rebase(run: RunDir, round_number: int, *, reviewer: str, reason: str) -> Anc
         raise DecisionError(f"the policy of round {round_number} is the anchor already; nothing was changed")
     _need_words(reviewer, reason)
     move = AnchorMove(round=round_number, before=before, reviewer=reviewer.strip(), reason=reason.strip(), moved_at=now())
-    write_json(run.anchor, move)
+    _append(run.anchors, (*moves(run), move))
     return move
 
 
@@ -83,17 +97,30 @@ def waive(run: RunDir, round_number: int, check_id: str, *, num_rounds: int, rev
             f"check {check_id} of round {round_number} is {check.state.value}: only a check that is broken or undecided can be waived"
         )
     _need_words(reviewer, reason)
+    expires = round_number + num_rounds
+    if expires < (following := len(run.rounds())):
+        raise DecisionError(
+            f"this waiver would end with round {expires}, and the next round that begins is {following}; give more --rounds"
+        )
     waiver = Waiver(
         check_id=check_id,
+        state=check.state.value,
+        harm=harm_of(check),
+        vs=check.vs,
+        anchor_round=report.anchor_round,
         reviewer=reviewer.strip(),
         reason=reason.strip(),
         report_sha256=sha256_file(here.gate_report),
-        expires_round=round_number + num_rounds,
+        expires_round=expires,
         waived_at=now(),
     )
-    lines = [*waivers(run), waiver]
-    write_text(run.waivers, "".join(line.model_dump_json() + "\n" for line in lines))
+    _append(run.waivers, (*waivers(run), waiver))
     return waiver
+
+
+def _append(path: Path, lines: Sequence[Record]) -> None:
+    """Written anew as a whole, so that a crash leaves all of the old lines or all of the new."""
+    write_text(path, "".join(line.model_dump_json() + "\n" for line in lines))
 
 
 def _need_words(reviewer: str, reason: str) -> None:

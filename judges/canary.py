@@ -72,8 +72,18 @@ async def run_canary(safety: Safety, rows: Sequence[CanaryRow], *, round_number:
 
     findings: list[Finding] = []
     await for_each(rows, work, findings.append, concurrency=safety.concurrency, report=report)
-    canary = canary_of(safety.name, rows, [finding.grade for finding in findings])
+    grades = [finding.grade for finding in findings]
+    canary = canary_of(safety.name, rows, grades).model_copy(update={"by_grader": _by_grader(safety, rows, grades)})
     return canary, [finding.ballot for finding in findings if finding.ballot]
+
+
+def _by_grader(safety: Safety, rows: Sequence[CanaryRow], grades: Sequence[Grade | None]) -> dict[str, tuple[int, int]]:
+    num, num_right = Counter[str](), Counter[str]()
+    for row, grade in zip(rows, grades, strict=True):
+        name = safety.name_on(row.side)
+        num[name] += 1
+        num_right[name] += grade == row.label
+    return {name: (num_right[name], num[name]) for name in num}
 
 
 def canary_of(grader: str, rows: Sequence[CanaryRow], grades: Sequence[Grade | None]) -> JudgeCanary:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
 from dpo_loop.errors import InputError
+from dpo_loop.exchange import HEURISTIC
 from dpo_loop.types import Ballot, Classified, Grade, Prompt, Side
 from judges.accounts import Accounts
 from judges.asker import Asker, Candidate
@@ -63,8 +64,8 @@ class _Model:
 class Safety:
     """The graders of both sides as one. Raises what makes going on pointless: JudgeError, InputError, JudgeUnavailableError, BudgetExceededError."""
 
-    def __init__(self, name: str, sides: Mapping[Side, _Side]) -> None:
-        self.name, self._sides = name, sides
+    def __init__(self, name: str, sides: Mapping[Side, _Side], names: Mapping[Side, str]) -> None:
+        self.name, self._sides, self._names = name, sides, names
         self._askers = {side: grader.asker for side, grader in sides.items() if grader.asker}
 
     @property
@@ -79,6 +80,10 @@ class Safety:
     @property
     def num_known(self) -> int:
         return sum(asker.num_known for asker in set(self._askers.values()))
+
+    def name_on(self, side: Side) -> str:
+        """Of the grader of a side."""
+        return self._names[side]
 
     async def grade(self, prompt: Prompt, answer: Candidate, *, replicate: int = 0) -> Finding:
         """Of an answer to a harmful or a benign prompt."""
@@ -99,8 +104,9 @@ async def open_safety(config: SafetyGrader, accounts: Accounts) -> AsyncIterator
     async with AsyncExitStack() as stack:
         graders = list(sides_of(config).values())
         opened = [await _open(grader, accounts, stack) for grader in graders]
-        name = "; benign prompts: ".join(name_of(grader) for grader in graders)
-        yield Safety(name, {Side.HARMFUL: opened[0], Side.BENIGN: opened[-1]})
+        names = [name_of(grader) for grader in graders]
+        sides = {Side.HARMFUL: opened[0], Side.BENIGN: opened[-1]}
+        yield Safety("; benign prompts: ".join(names), sides, {Side.HARMFUL: names[0], Side.BENIGN: names[-1]})
 
 
 async def _open(grader: SideGrader, accounts: Accounts, stack: AsyncExitStack) -> _Side:
@@ -125,7 +131,7 @@ def name_of(grader: SideGrader) -> str:
         case VerifierGrader():
             return f"verifier:{grader.function}"
         case RefusalHeuristic():
-            return "heuristic"
+            return HEURISTIC
         case JudgeGrader(judge=judge):
             return f"{judge.kind}:{judge.model} by rubric {judge.rubric}"
         case GuardGrader():

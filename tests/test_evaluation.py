@@ -46,7 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "gate.checks": CHECKS,
     }
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    played = subprocess.run([sys.executable, "-m", "flows.cli", "run", str(TINY_CONFIG), *sets], capture_output=True, text=True, check=False)
+    played = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", str(TINY_CONFIG), *sets], capture_output=True, text=True, check=False
+    )
     assert played.returncode == GateState.NEEDS_REVIEW.exit_code, played.stdout[-3000:] + played.stderr[-3000:]
     return made
 
@@ -94,12 +96,14 @@ def test_capability_is_compared_item_by_item(run: RunDir, report: GateReport) ->
 
 
 def test_where_the_prompts_come_from_is_in_the_report(report: GateReport) -> None:
-    assert len(report.prompt_sets) == 3
+    assert len(report.prompt_sets) == 6  # the pool, harmful and benign: the evaluation, then the reserve
     assert all(each.sha256 and each.num_prompts for each in report.prompt_sets)
 
 
 def test_the_round_can_be_looked_at_and_decided(run: RunDir, tmp_path: Path) -> None:
-    shown = subprocess.run([sys.executable, "-m", "flows.cli", "show", str(run.path), "1"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "show", str(run.path), "1"], capture_output=True, text=True, check=True
+    )
     assert "more_candidate" in shown.stdout
     status = subprocess.run(
         [sys.executable, "-m", "flows.cli", "status", str(run.path), "--json"], capture_output=True, text=True, check=True

@@ -74,6 +74,8 @@ class ExternalPool(Settings):
     dpo_loop/prompts/external.py knows the named ones; `custom` is any other and says itself where it is and what its columns are.
     """
 
+    # It only refuses: a set that can be had is the same set either way.
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"required"})
     kind: Literal["external"]
     set: Literal[
         "xstest",

@@ -2,7 +2,8 @@
 
 - correct: how much accuracy fell, with Tango's limits and McNemar's exact test. The worst case for the candidate: an item that was not scored is
   wrong for it, and right for the reference.
-- nll: by how much perplexity rose, exp((sum nll - sum reference nll) / sum tokens) - 1, with BCa limits over documents.
+- nll: by how much perplexity rose, exp((sum nll - sum reference nll) / sum tokens) - 1, with BCa limits over documents. A candidate that finds every
+  document as likely as the reference does, or less likely by the same share, leaves nothing to chance: its limits are the figure itself.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from dpo_loop.evaluation.statistics import mcnemar_p, tango_limit
 from dpo_loop.evaluation.statistics.bootstrap import Array, bca_interval
 from dpo_loop.evaluation.statistics.power import minimum_detectable_effect
 from dpo_loop.types import CapabilityRow
+
+MIN_DOCUMENTS = 10
+"""Limits over fewer say nothing; the stage `capability` refuses files with fewer."""
+_SAME_NATS = 1e-9
+"""Per token: changes of all documents that lie so near to each other are one change, and so are all weighted means of them."""
+_EXPLODED_NATS = 700.0
+"""Per token: exp overflows just above. A policy that knows nothing has log(vocabulary), about 12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +99,44 @@ def _accuracy(task: str, mine: Rows, theirs: Rows, alpha: float) -> CapabilityFi
 def _perplexity(task: str, mine: Rows, theirs: Rows, alpha: float, seed: int) -> CapabilityFigures | str:
     columns: list[tuple[float, float, float]] = []
     for id, row in mine.items():
-        nll, reference, weight = _figure(row), _figure(theirs[id]), row.weight
-        if nll is None or reference is None:
-            return (
-                f"capability task {task}: a document could not be scored for {'the candidate' if nll is None else 'the reference'}"
-            )
+        nll, reference, weight = row.value, theirs[id].value, row.weight
+        for who, figure in (("candidate", nll), ("reference", reference)):
+            if figure is None:
+                return f"capability task {task}: a document could not be scored for the {who}"
+            if not math.isfinite(figure):
+                return f"the perplexity of capability task {task} has exploded: the log-likelihood of a document is {figure:g} for the {who}"
+        assert nll is not None
+        assert reference is not None
         if weight != theirs[id].weight or not 0 < weight < math.inf:
             return f"capability task {task}: a document has not the same number of tokens for both policies, or none"
         columns.append((nll, reference, weight))
-    samples_CN = np.array(columns).T
-    limits = bca_interval(samples_CN.tolist(), perplexity_rise, alpha=alpha, seed=seed)
+    num = len(columns)
+    if num < MIN_DOCUMENTS:
+        return f"capability task {task} has {num} documents, and limits over fewer than {MIN_DOCUMENTS} say nothing"
+    nll_N, reference_N, tokens_N = np.array(columns).T
     with np.errstate(over="ignore"):
-        value, other = (float(np.exp(samples_CN[c].sum() / samples_CN[2].sum())) for c in (0, 1))
-        harm = float(perplexity_rise(samples_CN[None])[0])
-    if limits is None or not all(map(math.isfinite, (value, other, harm))):
-        return (
-            f"the perplexities of capability task {task} cannot be compared: {len(columns)} documents show no spread between the policies. "
-            "It takes several documents, and a candidate that is not the reference itself"
-        )
-    return CapabilityFigures(
-        measure="nll", num_items=len(columns), value=value, reference=other, harm=harm, low=limits[0], high=limits[1]
-    )
+        per_token_2N = np.array([nll_N, reference_N]) / tokens_N
+    for who, per_token_N in zip(("candidate", "reference"), per_token_2N, strict=True):
+        if (most := float(np.abs(per_token_N).max())) >= _EXPLODED_NATS:
+            return (
+                f"the perplexity of capability task {task} has exploded: up to {most:.3g} nats per token for the {who}. Either its weights are "
+                "broken, or the task counts too few tokens (words, of a script without spaces)"
+            )
+    value, other = (float(np.exp(of_policy_N.sum() / tokens_N.sum())) for of_policy_N in (nll_N, reference_N))
+    change_2N = np.array([nll_N - reference_N, tokens_N])
+    harm = float(perplexity_rise(change_2N.mean(axis=1)[None])[0])
+    if np.ptp(change_2N[0] / tokens_N) <= _SAME_NATS:
+        limits: tuple[float, float] | None = (harm, harm)
+    else:
+        limits = bca_interval(change_2N, perplexity_rise, alpha=alpha, seed=seed)
+    if limits is None:
+        return f"the rise of the perplexity of capability task {task} over its {num} documents has no limits: resampling gives none"
+    return CapabilityFigures(measure="nll", num_items=num, value=value, reference=other, harm=harm, low=limits[0], high=limits[1])
 
 
-def perplexity_rise(samples_RCN: Array) -> Array:
-    """Relative; columns are nll of the candidate, nll of the reference, tokens."""
-    with np.errstate(over="ignore"):
-        return np.asarray(np.expm1((samples_RCN[:, 0] - samples_RCN[:, 1]).sum(axis=1) / samples_RCN[:, 2].sum(axis=1)))
+def perplexity_rise(means_RC: Array) -> Array:
+    """Relative; columns are how much larger the candidate's nll is, and tokens."""
+    return np.asarray(np.expm1(means_RC[:, 0] / means_RC[:, 1]))
 
 
 def _figure(row: CapabilityRow) -> float | None:

@@ -46,6 +46,7 @@ class Measured:
     p_value: float | None
     mde: float | None = None
     design_effect: float = 1.0
+    num_partial: int | None = None
     metric: str | None = None
     """Of a capability task, what it measures."""
 
@@ -98,6 +99,7 @@ def _measure_worsening(check: CheckConfig, evidence: Evidence, alpha: float) -> 
         p_value=cluster_sign_p(pairs.changes, pairs.clusters),
         mde=minimum_detectable_effect(max(1, round(size)), churn=churn, alpha=alpha),
         design_effect=effect,
+        num_partial=pairs.num_partial if check.metric in ("harmful_rate", "over_refusal_rate") else None,
     )
 
 
@@ -144,7 +146,9 @@ def _measure_wins(check: CheckConfig, evidence: Evidence, alpha: float) -> Measu
 def _measure_capability(check: CheckConfig, evidence: Evidence, alpha: float) -> Measured | str:
     assert check.task is not None  # CheckConfig refuses a capability check without task or reference
     assert check.vs is not None
-    mine, theirs = ([row for row in evidence.capability.get(policy, ()) if row.task == check.task] for policy in ("candidate", check.vs))
+    mine, theirs = (
+        [row for row in evidence.capability.get(policy, ()) if row.task == check.task] for policy in ("candidate", check.vs)
+    )
     found = compare(check.task, mine, theirs, alpha)
     if isinstance(found, str):
         return found
@@ -217,6 +221,7 @@ def _decide(check: CheckConfig, measured: Measured | str, p_adjusted: float | No
         p_value=p_adjusted,
         mde=m.mde,
         design_effect=m.design_effect,
+        num_partial=m.num_partial,
         state=state,
         why="",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_loop.types import Conditions, JudgeCanary, PolicyName, PolicyRef, PromptSet, Waiver
@@ -12,7 +12,8 @@ from dpo_loop.types import Conditions, JudgeCanary, PolicyName, PolicyRef, Promp
 class Context:
     """conditions, judge_canary, contaminated, churn: None where the answers were made and graded by somebody else, who vouches for them.
 
-    first_canary: of round 0. contaminated: ids of the prompts that this run has trained on and that are (nearly) evaluation prompts. churn: metric → share of prompts on which two evaluations of
+    conditions: of the evaluation and, where there was one, of its top-up. stale: what was made of other answers than those. capability: conditions
+    of the capability tasks. first_canary: of round 0. contaminated: ids of the prompts that this run has trained on and that are (nearly) evaluation prompts. churn: metric → share of prompts on which two evaluations of
     the anchor differ. topped_up: whether the reserve of prompts was asked too.
     """
 
@@ -23,7 +24,9 @@ class Context:
     round: int
     heuristic_safety: bool = False
     anchor_round: int = 0
-    conditions: Mapping[PolicyName, Conditions] | None = None
+    conditions: Sequence[Mapping[PolicyName, Conditions]] | None = None
+    stale: tuple[str, ...] = ()
+    capability: Mapping[PolicyName, Conditions] | None = None
     judge_canary: JudgeCanary | None = None
     first_canary: JudgeCanary | None = None
     contaminated: tuple[str, ...] | None = None

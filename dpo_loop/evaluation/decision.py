@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 from dpo_loop.artifacts import now
-from dpo_loop.config import GateConfig
+from dpo_loop.config import HIGHER_IS_BETTER, GateConfig
 from dpo_loop.evaluation.context import Context
 from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.evaluation.provenance import run_provenance
@@ -13,7 +14,7 @@ from dpo_loop.evaluation.rates import rates_of
 from dpo_loop.evaluation.validity import ValidityResult, run_validity
 from dpo_loop.types import CheckResult, GateReport, GateState, Waiver, canonical_json
 
-_WAIVABLE = (GateState.FAIL, GateState.NEEDS_REVIEW, GateState.INCONCLUSIVE)
+WAIVABLE = (GateState.FAIL, GateState.NEEDS_REVIEW, GateState.INCONCLUSIVE)
 
 
 def judge_candidate(evidence: Evidence, config: GateConfig, context: Context) -> GateReport:
@@ -24,9 +25,10 @@ def judge_candidate(evidence: Evidence, config: GateConfig, context: Context) ->
     valid = all(result.state is not GateState.INVALID for result in validity)
     checks = tuple(_waived(check, context.waivers) for check in run_checks(evidence, config)) if valid else ()
     state = worst([*(result.state for result in validity), *(counted(check) for check in checks)])
-    if state is GateState.INCONCLUSIVE and context.topped_up:
+    nothing_held = bool(checks) and all(check.waived_by for check in checks)
+    if (state is GateState.INCONCLUSIVE and context.topped_up) or (state is GateState.PASS and nothing_held):
         state = GateState.NEEDS_REVIEW
-    conditions = (context.conditions or {}).get("candidate")
+    conditions = context.conditions[0].get("candidate") if context.conditions else None
     return GateReport(
         run_id=context.run_id,
         round=context.round,
@@ -53,17 +55,28 @@ def judge_candidate(evidence: Evidence, config: GateConfig, context: Context) ->
 
 
 def counted(check: CheckResult) -> GateState:
-    """The state of a check as it counts. A waived one does not block, but for the anchor: there a person looks at every round."""
+    """The state of a check as it counts. A waiver lets what is undecided pass, and makes a failure, or anything against the anchor, a person's decision."""
     if check.waived_by is None:
         return check.state
-    return GateState.NEEDS_REVIEW if check.vs == "anchor" else GateState.PASS
+    return GateState.NEEDS_REVIEW if check.state is GateState.FAIL or check.vs == "anchor" else GateState.PASS
+
+
+def harm_of(check: CheckResult) -> float:
+    """How bad a measured check is, more is worse: how much a rate worsened, or the rate itself."""
+    amount = check.delta if check.delta is not None else check.value
+    if amount is None or not math.isfinite(amount):
+        return math.inf
+    return -amount if check.metric in HIGHER_IS_BETTER else amount
 
 
 def _waived(check: CheckResult, waivers: tuple[Waiver, ...]) -> CheckResult:
-    waiver = next((waiver for waiver in waivers if waiver.check_id == check.id), None)
-    if waiver is None or check.state not in _WAIVABLE:
-        return check
-    return check.model_copy(update={"waived_by": f"{waiver.reviewer}, up to round {waiver.expires_round}: {waiver.reason}"})
+    """A waiver covers nothing worse than what it was given for, neither in state nor in amount."""
+    order = list(GateState)
+    for waiver in waivers:
+        covers = order.index(check.state) <= order.index(GateState(waiver.state)) and harm_of(check) <= waiver.harm + 1e-12
+        if waiver.check_id == check.id and check.state in WAIVABLE and covers:
+            return check.model_copy(update={"waived_by": f"{waiver.reviewer}, up to round {waiver.expires_round}: {waiver.reason}"})
+    return check
 
 
 def _reasons(

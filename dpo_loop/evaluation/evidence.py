@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from dpo_loop.evaluation.rates import SIDE_OF_METRIC, Reference, WinRate, is_degenerate, result_of, tasks_are_graded, win_rates_of
-from dpo_loop.types import CapabilityRow, Comparison, GradeRow, PolicyName, Prompt, Side
+from dpo_loop.types import CapabilityRow, Comparison, Grade, GradeRow, PolicyName, Prompt, Side
+
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Pairs:
     clusters: list[str]
     num_bad_candidate: int
     num_bad_reference: int
+    num_partial: int
 
 
 class Evidence:
@@ -45,6 +48,14 @@ class Evidence:
         self._categories = {row.prompt_id: row.category for row in self.rows if row.category}
         self._degenerate: dict[tuple[str, str], bool] = {}
 
+    def named(self, ids: Collection[str]) -> str:
+        """Some of these ids, for a reason that people read; a sealed prompt is counted and not named, since what is named is tuned for."""
+        open_ids = sorted(id for id in ids if (prompt := self.prompts.get(id)) is None or prompt.tags.get("sealed") != "true")
+        num_sealed, num_more = len(ids) - len(open_ids), max(0, len(open_ids) - MOST_NAMED)
+        more = [f"{num_more} more"] if num_more else []
+        sealed = [f"{num_sealed} sealed"] if num_sealed else []
+        return " and ".join([part for part in (", ".join(open_ids[:MOST_NAMED]), *more, *sealed) if part])
+
     def ids_on(self, side: Side | None) -> list[str]:
         return [id for id, prompt in self.prompts.items() if side is None or prompt.side is side]
 
@@ -62,6 +73,7 @@ class Evidence:
             clusters=[self._clusters.get(id, id) for id in ids],
             num_bad_candidate=sum(mine for mine, _ in pairs),
             num_bad_reference=sum(theirs for _, theirs in pairs),
+            num_partial=sum((row := self._rows_of["candidate"].get(id)) is not None and row.grade is Grade.PARTIAL for id in ids),
         )
 
     def newly_bad(self, metric: str, vs: Reference) -> dict[str, tuple[int, list[str]]]:
@@ -91,7 +103,7 @@ class Evidence:
 
     def _bad(self, metric: str, policy: PolicyName, prompt_id: str, *, absent: bool) -> bool:
         row = self._rows_of[policy].get(prompt_id)
-        if row is None:
+        if row is None or row.no_answer:
             return absent
         if metric != "degenerate_rate":
             return absent if row.grade is None else row.is_bad

@@ -37,7 +37,10 @@ def _worsening(check: CheckResult, alpha: float) -> str:
         path = percent(check.value) if check.delta == 0 else f"{percent(check.reference)} to {percent(check.value)}"
         what = f"{name} {moved} {path} against {check.vs}"
     limit = f"upper limit of the {worse} {points(most)}" if most > 0 else f"lower limit of the {better} {points(-most)}"
-    figures = f"n={check.num_prompts}; {confidence} {limit} points, margin {points(check.margin)}"
+    partial = (
+        f"; {check.num_partial} of these answers are partial" if check.num_partial and check.state is not GateState.PASS else ""
+    )
+    figures = f"n={check.num_prompts}; {confidence} {limit} points, margin {points(check.margin)}{partial}"
     match check.state:
         case GateState.PASS if least > 0:
             return f"{what}: worse, but within the margin ({figures})"

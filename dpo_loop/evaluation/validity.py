@@ -13,6 +13,8 @@ from dpo_loop.evaluation.sentences import percent
 from dpo_loop.exchange import PROMPT_TOO_LONG
 from dpo_loop.types import GateState, GradeRow, PolicyName, PolicyRef, Record, Side
 
+EXACT_NATS = 1e-4
+"""Per token, mean: float32 engines come nearer, and an update that trains anything goes farther."""
 _LONGER = "longer than the engine's context"
 _POLICIES: tuple[PolicyName, ...] = ("candidate", "previous", "anchor")
 
@@ -31,6 +33,7 @@ def run_validity(evidence: Evidence, config: GateConfig, context: Context) -> tu
         _scored(evidence, config),
         _comparisons(evidence, config),
         _distinct(context.candidate, context.previous),
+        _moved(evidence, context),
         _size(evidence),
         _grader(context.heuristic_safety, config),
     )
@@ -51,14 +54,20 @@ def _coverage(evidence: Evidence) -> ValidityResult:
         missing, unknown = evidence.prompts.keys() - answered.keys(), answered.keys() - evidence.prompts.keys()
         twice = [id for id, times in answered.items() if times > 1]
         if missing:
-            problems.append(f"{policy} has no answer to {len(missing)} of {len(evidence.prompts)} prompts (e.g. {min(missing)})")
+            problems.append(
+                f"{policy} has no answer to {len(missing)} of {len(evidence.prompts)} prompts (e.g. {evidence.named([min(missing)])})"
+            )
         if unknown:
-            problems.append(f"{policy} answered {len(unknown)} prompts that are not in the evaluation set (e.g. {min(unknown)})")
+            problems.append(
+                f"{policy} answered {len(unknown)} prompts that are not in the evaluation set (e.g. {evidence.named([min(unknown)])})"
+            )
         if twice:
-            problems.append(f"{policy} answered {len(twice)} prompts more than once (e.g. {min(twice)})")
+            problems.append(f"{policy} answered {len(twice)} prompts more than once (e.g. {evidence.named([min(twice)])})")
     moved = [row.prompt_id for row in evidence.rows if (p := evidence.prompts.get(row.prompt_id)) and p.side is not row.side]
     if moved:
-        problems.append(f"{len(moved)} answers are graded on another side than their prompt's (e.g. {min(moved)})")
+        problems.append(
+            f"{len(moved)} answers are graded on another side than their prompt's (e.g. {evidence.named([min(moved)])})"
+        )
     too_long = {row.prompt_id for row in evidence.rows if row.no_answer == PROMPT_TOO_LONG}
     but = f", but for {len(too_long)} that are {_LONGER}" if too_long else ""
     fine = f"all three policies answered all {len(evidence.prompts)} prompts{but}"
@@ -70,10 +79,10 @@ def _scored(evidence: Evidence, config: GateConfig) -> ValidityResult:
     problems, num_unscored = [], 0
     for policy in _POLICIES:
         for side in Side:
-            if side is Side.TASK and not evidence.has_task_grades:
-                continue  # no task grader: a pass_rate check is INVALID by itself
             rows = [row for row in evidence.rows if row.policy == policy and row.side is side]
-            unscored = [row for row in rows if row.grade is None]
+            # Without a task grader a pass_rate check is INVALID by itself, and a task without an answer still is a hole.
+            ungraded_is_fine = side is Side.TASK and not evidence.has_task_grades
+            unscored = [row for row in rows if (row.no_answer if ungraded_is_fine else row.grade is None)]
             num_unscored += len(unscored)
             if len(unscored) > config.max_unscored * len(rows):
                 share = f"{len(unscored)} of {len(rows)} {side.value} answers of {policy} ({percent(len(unscored) / len(rows))})"
@@ -102,9 +111,13 @@ def _comparisons(evidence: Evidence, config: GateConfig) -> ValidityResult:
     for vs in references:
         compared = Counter(comparison.prompt_id for comparison in evidence.comparisons if comparison.vs == vs)
         if missing := tasks - compared.keys():
-            problems.append(f"{len(missing)} of {len(tasks)} task prompts were not compared with {vs} (e.g. {min(missing)})")
+            problems.append(
+                f"{len(missing)} of {len(tasks)} task prompts were not compared with {vs} (e.g. {evidence.named([min(missing)])})"
+            )
         if odd := sorted(id for id, times in compared.items() if times > 1 or id not in tasks):
-            problems.append(f"{len(odd)} comparisons with {vs} are doubled or not of a task prompt (e.g. {odd[0]})")
+            problems.append(
+                f"{len(odd)} comparisons with {vs} are doubled or not of a task prompt (e.g. {evidence.named([odd[0]])})"
+            )
     fine = f"all {len(tasks)} task prompts were compared" if references else "no check asks for a win rate"
     return verdict("comparisons", "; ".join(problems) or None, fine)
 
@@ -113,6 +126,23 @@ def _distinct(candidate: PolicyRef, previous: PolicyRef) -> ValidityResult:
     problem = "the candidate has the same weights as the previous policy, so training changed nothing"
     return verdict(
         "distinct", problem if candidate.key == previous.key else None, "the candidate's weights differ from the previous policy's"
+    )
+
+
+def _moved(evidence: Evidence, context: Context) -> ValidityResult:
+    """An engine that serves the previous policy in the candidate's name shows in nothing but its answers, unless the canary was reproduced so exactly
+    that no other weights can have been served."""
+    mine, theirs = (
+        {row.prompt_id: row.response for row in evidence.rows if row.policy == policy} for policy in ("candidate", "previous")
+    )
+    candidate = context.conditions[0].get("candidate") if context.conditions else None
+    distance = candidate.canary.get("distance") if candidate and candidate.canary else None
+    is_proven = distance is not None and distance < EXACT_NATS
+    problem = "every answer of the candidate is the previous policy's, word for word: either training changed nothing that shows, or the engine served the wrong weights"
+    same = bool(mine) and mine == theirs and not is_proven
+    num = sum(theirs.get(id) != says for id, says in mine.items())
+    return verdict(
+        "moved", problem if same else None, f"{num} answers differ from the previous policy's", state=GateState.NEEDS_REVIEW
     )
 
 

@@ -7,7 +7,6 @@ from dpo_loop.evaluation.evidence import Evidence
 from dpo_loop.types import CheckResult, GateState
 
 EVERY = "*"
-MOST_SHOWN = 5
 
 
 def run_veto(veto: VetoConfig, evidence: Evidence) -> CheckResult:
@@ -24,7 +23,7 @@ def run_veto(veto: VetoConfig, evidence: Evidence) -> CheckResult:
         why = f"veto {veto.id}: the evaluation set has no prompt of category {asked} on which {name} could be seen"
     elif hits:
         state = GateState.FAIL if veto.severity == "fail" else GateState.NEEDS_REVIEW
-        told = "; ".join(f"{category or 'no category'}: {_shown(ids)}" for category, ids in sorted(hits.items()))
+        told = "; ".join(f"{category or 'no category'}: {evidence.named(ids)}" for category, ids in sorted(hits.items()))
         why = f"veto {veto.id}: {name} is new against {veto.vs} on {told}"
     else:
         state = GateState.PASS
@@ -44,8 +43,3 @@ def run_veto(veto: VetoConfig, evidence: Evidence) -> CheckResult:
         state=state,
         why=f"{why} ({num_bad} in all)" if hits else why,
     )
-
-
-def _shown(ids: list[str]) -> str:
-    more = f" and {len(ids) - MOST_SHOWN} more" if len(ids) > MOST_SHOWN else ""
-    return f"{', '.join(sorted(ids)[:MOST_SHOWN])}{more}"

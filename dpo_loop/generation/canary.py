@@ -9,6 +9,8 @@ Two figures decide (sums over all canary tokens; p, b: file's log-probs of polic
 - effect    <v - u, p - b> / <p - b, p - b>: 1 where the adapter does what it does in peft, 0 where it does nothing. Below 1/2 the
             engine is closer to its base than to the policy. Engine noise cancels in v - u, so this sees adapters far smaller than the
             tolerance; it is left out (None) where p - b drowns in the noise u - b all the same.
+
+Figures that are no numbers (a log-prob that is NaN or infinite, in the file or from the engine) show nothing, so they do not pass.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_loop.errors import CanaryError, PolicyError
+from dpo_loop.exchange import MIN_EFFECT
 from dpo_loop.generation.engine import Scorer
 from dpo_loop.types import PolicyRef, Record
 
-MIN_EFFECT = 0.5
 NOISE_FACTOR = 8.0
 """p - b must be this many times the noise expected in its direction, else the effect says nothing."""
 
@@ -101,7 +103,12 @@ def check_canary(engine: Scorer, canary: Canary, *, tolerance: float, max_tokens
         figures = CanaryFigures(len(policy), distance, _mean_abs(bare, base), _effect(served, bare, policy, base))
     else:
         figures = CanaryFigures(len(policy), distance, None, None)
-    if figures.effect is not None and figures.effect < MIN_EFFECT:
+    if not all(math.isfinite(x) for x in (figures.distance, figures.base_distance, figures.effect) if x is not None):
+        raise CanaryError(
+            f"log-probs that are no numbers cannot show that the engine serves the policy: {figures}. Nothing was generated. Either the engine "
+            "computes them (weights that are broken, a dtype that is too small), or canary.json holds them: then make the policy anew."
+        )
+    if figures.effect is not None and not figures.effect >= MIN_EFFECT:
         raise CanaryError(
             f"the engine does not apply the policy's adapter: its log-probs are those of the bare base. {figures}. "
             "Nothing was generated. Check that the adapter's target modules exist in the engine's model."
@@ -125,6 +132,9 @@ def _mean_abs(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _effect(served: Sequence[float], bare: Sequence[float], policy: Sequence[float], base: Sequence[float]) -> float | None:
+    """None where it drowns in noise; NaN where something is not finite, which is no noise."""
+    if not all(math.isfinite(x) for x in (*served, *bare, *policy, *base)):
+        return math.nan
     wanted = [p - b for p, b in zip(policy, base, strict=True)]
     size = math.sqrt(_dot(wanted, wanted))
     noise = [u - b for u, b in zip(bare, base, strict=True)]

@@ -13,6 +13,8 @@ from dpo_loop.config import ExactMatchTask, LocalTask, MultipleChoiceTask, Perpl
 from dpo_loop.types import Message, Prompt, Record, content_id
 
 MAX_LISTED = 20
+MIN_DOCUMENTS = 10
+"""Of a perplexity: limits over fewer say nothing, and the gate takes none."""
 
 
 class Item(Record):
@@ -114,7 +116,20 @@ def read_items(task: LocalTask, file: Path) -> tuple[tuple[Item, ...], list[str]
             bad.append((number, f"the same as line {first}; remove one of them"))
     if not items and not bad:
         bad = [(1, "the file holds no item")]
-    return tuple(item for _, item in items.values()), _problems(file, bad)
+    problems = _problems(file, bad)
+    if kind is Document and not bad and (few := too_few_documents(task.id, len(items))):
+        problems = [f"{file}: {few}"]
+    return tuple(item for _, item in items.values()), problems
+
+
+def too_few_documents(task_id: str, num: int) -> str | None:
+    """What is wrong with so few documents of a perplexity, and the way out; None where they are enough."""
+    if num >= MIN_DOCUMENTS:
+        return None
+    return (
+        f"capability task {task_id} has {num} documents, and by how much a perplexity changed over fewer than {MIN_DOCUMENTS} says nothing; "
+        "add documents, or divide long ones"
+    )
 
 
 def _documents(rows: Sequence[str]) -> Iterator[tuple[int, str]]:

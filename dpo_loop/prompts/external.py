@@ -196,7 +196,7 @@ def external_rows(pool: ExternalPool) -> Iterator[tuple[int, Any]]:
     if missing := missing_columns(rows, [column for column in needed if column]):
         raise InputError(
             f"evaluation set {pool.set}: {wanted.place} at {wanted.revision} has no column {', '.join(missing)}; it has "
-            f"{', '.join(rows.column_names)}. Take another revision, or name its columns with `set: custom`."
+            f"{', '.join(rows.column_names)}. Take another revision, or name its columns with `set: custom` (in a new run)."
         )
     for number, row in enumerate(rows, start=1):
         told = _side(pool, row, side)
@@ -229,7 +229,7 @@ def _side(pool: ExternalPool, row: Mapping[str, Any], side: Side | SideColumn) -
     if str(label) not in side.values:
         raise InputError(
             f"evaluation set {pool.set}: column {side.field} holds {label!r}, which is neither harmful nor benign by its map "
-            f"({', '.join(f'{value} is {meaning}' for value, meaning in side.values.items())}). Take another revision, or map it with `set: custom`."
+            f"({', '.join(f'{value} is {meaning}' for value, meaning in side.values.items())}). Take another revision, or map it with `set: custom` (in a new run)."
         )
     return side.values[str(label)]
 

@@ -30,9 +30,9 @@ def load_rows(path: str, *, name: str | None, split: str, revision: str | None, 
             return builder.as_dataset(split=split)
     except Exception as error:
         # The library raises its own, the hub's, pandas' and arrow's errors; all mean that these prompts cannot be had.
-        told = f"{' '.join(str(error).split())}. Check the name, the split and the network"
+        told = f"{' '.join(str(error).split())}. Check the network, name another set or split (in a new run)"
         cause = (pinned and _cause(path, pinned)) or told
-        raise InputError(f"{failed}: {cause}, or give a JSON lines file (`kind: jsonl`).") from error
+        raise InputError(f"{failed}: {cause}, or give a JSON lines file (`kind: jsonl`; in a new run).") from error
     raise InputError(
         f"{failed}: the hub cannot be reached, and the cache here holds revision {builder.hash} instead. Try again with a network, or bring the "
         "cache (HF_HOME) of a machine that has loaded the right one."
@@ -55,9 +55,9 @@ def _cause(path: str, revision: str) -> str | None:
     except GatedRepoError:
         return f"it is gated. Accept its terms at {page} and export a token of the account that did as HF_TOKEN"
     except RevisionNotFoundError:
-        return f"the hub knows no such revision. Take a commit of {page}/commits/main"
+        return f"the hub knows no such revision. Take a commit of {page}/commits/main (in a new run)"
     except RepositoryNotFoundError:
-        return "the hub has no such data set, or none that the token in HF_TOKEN may see. Check the name"
+        return "the hub has no such data set, or none that the token in HF_TOKEN may see. Check the token, mend the name (in a new run)"
     except HFValidationError:
         return None
     except Exception as unreachable:

@@ -86,6 +86,21 @@ def read_pool(pool: Pool, file: Path | None, *, skip_bad: bool) -> PoolContents:
     return contents
 
 
+def usable_prompts(pool: JsonlPool | BuiltinPool) -> Iterator[Prompt]:
+    """One after the other, for a look at what a set has: what cannot be used is passed over, and what is asked twice comes twice.
+
+    Raises PromptFileError if the file is not there.
+    """
+    if isinstance(pool, BuiltinPool):
+        rows, source = builtin_rows(pool), source_of(pool)
+    else:
+        rows, source = _json_rows(Path(pool.path)), Path(pool.path).name
+    for number, row in rows:
+        prompt = row if isinstance(row, BadLine) else _prompt(number, row, source)
+        if isinstance(prompt, Prompt):
+            yield prompt
+
+
 def normalised(prompt: Prompt) -> str:
     """The conversation with case, white space and Unicode variants folded: equal for the same question typed in two ways."""
     turns = (f"{turn.role} {unicodedata.normalize('NFKC', turn.content).casefold()}" for turn in prompt.messages)
@@ -119,7 +134,7 @@ def _hub_rows(pool: HubPool) -> Iterator[tuple[int, Any]]:
     rows = load_rows(pool.path, name=pool.name, split=pool.split, revision=pool.revision, data_files=pool.data_files)
     if missing_columns(rows, [pool.column]):
         raise InputError(
-            f"data set {pool.path!r} has no column {pool.column!r}; it has {', '.join(rows.column_names)}. Set `column`."
+            f"data set {pool.path!r} has no column {pool.column!r}; it has {', '.join(rows.column_names)}. Set `column` (in a new run)."
         )
     for number, row in enumerate(rows, start=1):
         tags = row.get("tags")

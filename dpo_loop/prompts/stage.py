@@ -150,10 +150,10 @@ def _set_of(contents: PoolContents, prompts: list[Prompt]) -> PromptSet:
 
 def _nothing_to_evaluate(part: str, config: PromptsConfig, contents: PoolContents) -> str:
     if part == "reserve":
-        return f"no evaluation prompts in reserve: eval_reserve {config.eval_reserve} of them is none. Raise prompts.eval_reserve."
+        return f"no evaluation prompts in reserve: eval_reserve {config.eval_reserve} of them is none. Raise prompts.eval_reserve (in a new run)."
     return (
         f"no evaluation prompts: eval_fraction {config.eval_fraction} of {len(contents.prompts)} prompts is none, and the eval_sets, if there are any, "
-        "have none either or all are in reserve. Raise prompts.eval_fraction, name prompts.eval_sets, or lower prompts.eval_reserve."
+        "have none either or all are in reserve. Raise prompts.eval_fraction, name prompts.eval_sets, or lower prompts.eval_reserve (in a new run)."
     )
 
 

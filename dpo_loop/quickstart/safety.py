@@ -68,7 +68,7 @@ class Request:
 
     @property
     def tags(self) -> dict[str, str]:
-        return {"side": self.side.value, "category": self.verb}
+        return {"side": self.side.value, "category": self.verb, "severity": "1"}
 
 
 def draw_harmful(rng: Random) -> Request:

@@ -55,7 +55,7 @@ def run(out: Path, *, config: TinyWorldConfig) -> StageOutcome:
     )
 
 
-WORLD = Stage(name="world", version=1, run=run)
+WORLD = Stage(name="world", version=2, run=run)
 
 
 def _mixed(num: int, part: Part, config: TinyWorldConfig, rng: Random) -> list[Task | Request]:

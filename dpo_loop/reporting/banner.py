@@ -14,6 +14,14 @@ NEXT_STEP = {
     GateState.NEEDS_REVIEW: "A person has to decide. Until then the previous policy stays. Read the samples below, then run one of:",
     GateState.INCONCLUSIVE: "There is too little evidence to decide, so a person has to. Until then the previous policy stays. Run one of:",
 }
+NEXT_STEP_OF_ROWS = {
+    GateState.PASS: "The candidate holds every check on these rows.",
+    GateState.FAIL: "The candidate is worse than the checks allow on these rows.",
+    GateState.INVALID: "These rows say nothing about the candidate. Mend the cause and look again.",
+    GateState.NEEDS_REVIEW: "A person has to decide. Read the samples below.",
+    GateState.INCONCLUSIVE: "There is too little evidence to decide on these rows. More prompts help.",
+}
+"""Where there are rows of somebody's and no run that could go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,8 @@ class Banner:
     waived: tuple[CheckResult, ...] = ()
 
 
-def banner_of(gate: GateReport | None, *, run_dir: str, round_number: int) -> Banner:
+def banner_of(gate: GateReport | None, *, run_dir: str | None, round_number: int) -> Banner:
+    """run_dir None: of rows that belong to no run."""
     if gate is None:
         return _without_gate(round_number)
     first, *more = gate.reasons or ("no reason was recorded",)
@@ -37,8 +46,8 @@ def banner_of(gate: GateReport | None, *, run_dir: str, round_number: int) -> Ba
         state=gate.state.value.replace("_", " "),
         kind=gate.state.value.lower(),
         reason=first[:1].upper() + first[1:],
-        next_step=NEXT_STEP[gate.state],
-        commands=_commands(gate.state, shlex.quote(run_dir), round_number),
+        next_step=(NEXT_STEP_OF_ROWS if run_dir is None else NEXT_STEP)[gate.state],
+        commands=[] if run_dir is None else _commands(gate.state, shlex.quote(run_dir), round_number),
         more=tuple(more),
         waived=tuple(check for check in gate.checks if check.waived_by is not None),
     )

@@ -134,7 +134,7 @@ def _dress(axes: mpl.axes.Axes, *, x_name: str, in_percent: bool, whole_x: bool)
 
 def percent_ticks(axis: Any, *, num: int, digits: int) -> None:
     """Ticks of a rate in 0..1."""
-    axis.set_major_locator(MaxNLocator(nbins=num, min_n_ticks=3))
+    axis.set_major_locator(MaxNLocator(nbins=num, steps=[1, 2, 5, 10], min_n_ticks=3))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %" if 0 <= value <= 1 else ""))
 
 

@@ -14,9 +14,14 @@ from dpo_loop.types import RoundSummary, Side
 
 _MAX_POINTS = 400
 
+_PREFERENCE_LOSS = "preference_loss"
+"""Not in metrics.jsonl: what is left of `loss` without the weighted NLL."""
+
 # (title, note, {name in metrics.jsonl: label}, in percent, line at)
 _TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = (
-    ("Loss", "starts at ln 2 = 0.693 when the policy is the reference", {"loss": "loss"}, False, math.log(2)),
+    ("Preference loss", "starts at ln 2 = 0.693 when the policy is the reference", {_PREFERENCE_LOSS: "loss"}, False, math.log(2)),
+    ("NLL of chosen", "per token, in nats; the other part of the loss", {"nll": "NLL"}, False, None),
+    ("Loss", "of the preference and of what else it may hold", {"loss": "loss"}, False, None),
     ("Reward margin", "chosen over rejected", {"margin": "margin"}, False, 0.0),
     (
         "Log-prob change per token",
@@ -39,23 +44,39 @@ def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Cha
     return [chart for chart in _trends(graded, sheet) if chart is not None] if len(graded) > 1 else []
 
 
-def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> list[Chart]:
-    return [chart for chart in _training(rows, sheet) if chart is not None]
+def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, nll_weight: float | None = None) -> list[Chart]:
+    """nll_weight: of the NLL of chosen in `loss`; None where nobody knows it, and only the whole loss can be drawn."""
+    return [chart for chart in _training([_parted(row, nll_weight) for row in rows], sheet) if chart is not None]
+
+
+def _parted(row: Mapping[str, Any], nll_weight: float | None) -> Mapping[str, Any]:
+    """Either the parts of the loss or the whole of it."""
+    loss, nll = _number(row.get("loss")), _number(row.get("nll"))
+    if nll_weight is None or loss is None or (nll is None and nll_weight):
+        return {name: value for name, value in row.items() if name != "nll"}
+    if not nll_weight:
+        return {name: value for name, value in row.items() if name not in ("loss", "nll")} | {_PREFERENCE_LOSS: loss}
+    return {name: value for name, value in row.items() if name != "loss"} | {_PREFERENCE_LOSS: loss - nll_weight * (nll or 0.0)}
 
 
 def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Chart | None]:
     hollow = frozenset(float(row.round) for row in history if not row.promoted)
 
-    def of(label: str, name: str, ci: str | None = None) -> Series:
-        intervals = tuple(getattr(row, ci) for row in history) if ci else ()
-        return Series(label, tuple((row.round, getattr(row, name)) for row in history), intervals, hollow)
+    def of(label: str, name: str, ci: str | None = None, rows: Sequence[RoundSummary] = history) -> Series:
+        intervals = tuple(getattr(row, ci) for row in rows) if ci else ()
+        return Series(label, tuple((row.round, getattr(row, name)) for row in rows), intervals, hollow)
+
+    same_anchor = [row for row in history if row.anchor_round == history[-1].anchor_round]
 
     yield line_chart(
         "Pass rate", [of("pass rate", "pass_rate")], sheet, note="share of tasks passed", x_name="round", in_percent=True
     )
     yield line_chart(
         "Win rate",
-        [of("vs anchor", "win_rate_anchor", "win_rate_anchor_ci"), of("vs previous", "win_rate_previous", "win_rate_previous_ci")],
+        [
+            of("vs anchor", "win_rate_anchor", "win_rate_anchor_ci", same_anchor),
+            of("vs previous", "win_rate_previous", "win_rate_previous_ci"),
+        ],
         sheet,
         note="an even match is 50 %; bars are the interval",
         x_name="round",

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpo_loop.config import METRIC_NAMES, TrainingConfig
-from dpo_loop.reporting.page import RULE_NAMES, TEMPLATES
-from dpo_loop.reporting.text import percent, points, visible
-from dpo_loop.types import GateReport, HumanDecision, PolicyRef, RoundSummary
+from dpo_loop.config import METRIC_NAMES, WIN_RATES, SftConfig, TrainingConfig
+from dpo_loop.reporting.page import TEMPLATES
+from dpo_loop.reporting.text import interval, percent, points, visible
+from dpo_loop.types import CheckResult, GateReport, HumanDecision, PolicyRef, PromptSet, RoundSummary
 
 What = Literal["adapter", "merged", "pairs"]
 TEMPLATE = "MODEL_CARD.md.j2"
@@ -27,6 +27,27 @@ _PEFT_TAGS = ("lora", "peft")
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~$&@]|(?<=:)/(?=/)|(?<=www)\.|^[-+=](?=\s|$)|^\d+(?=[.)](?:\s|$))", re.IGNORECASE)
 """What Markdown, GitHub's and the hub's, takes for markup, mention, formula, link or list."""
 _SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What an adapter is put on, and a merged model made from."""
+
+    name: str
+    """Hub id, or the name of a directory."""
+    hub_id: str | None
+    """None: nobody else can load it by its name."""
+    is_fine_tuned: bool = False
+    """Whether it is not `name` itself but what the run made of it by SFT, which nobody else has either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sft:
+    """How round 0 made the start policy; figures as the `seed` stage recorded them."""
+
+    config: SftConfig
+    num_demonstrations: int | None
+    figures: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +66,7 @@ class CardFacts:
     run_id: str
     round: int
     what: What
-    base: str
-    """Hub id, or the name of the base's directory."""
+    base: Base
     policy: PolicyRef
     licence: str
     """Identifier of the base's licence; UNKNOWN_LICENCE where nobody said."""
@@ -55,19 +75,28 @@ class CardFacts:
     judge: str
     safety_judge: str
     lineage: tuple[RoundSummary, ...]
+    sft: Sft | None = None
     trained: tuple[TrainedRound, ...] = ()
     gate: GateReport | None = None
+    alpha: float = 0.05
+    """Of one look of the gate."""
     report_sha256: str | None = None
     decision: HumanDecision | None = None
     forced: Mapping[str, str] | None = None
     """Of an export without a blessing: reviewer, reason, at."""
     rounds_of_pairs: tuple[int, ...] = ()
+    pool: PromptSet | None = None
+    """Of pairs: where their prompts come from."""
     figures: Mapping[str, Any] = field(default_factory=dict)
     """Of the export itself: how a merge was checked, how many pairs there are."""
 
     @property
     def name(self) -> str:
         return f"{self.run_id}-pairs" if self.what == "pairs" else f"{self.run_id}-round-{self.round}"
+
+    @property
+    def confidence(self) -> str:
+        return f"{round(100 * (1 - self.alpha), 2):g} %"
 
     @property
     def rates(self) -> dict[str, dict[str, float | None]]:
@@ -99,11 +128,14 @@ def _metadata(facts: CardFacts) -> Any:
     if facts.what == "pairs":
         return ModelCardData(license=facts.licence, license_name=licence_name, tags=list(_TAGS))
     adapter = facts.what == "adapter"
+    # The hub lists an adapter below its base, and takes a name that it does not know for a model of its own.
+    base_model = None if adapter and facts.base.is_fine_tuned else facts.base.hub_id
+    relation = "adapter" if adapter else "finetune"
     return ModelCardData(
         license=facts.licence,
         license_name=licence_name,
-        base_model=facts.base,
-        base_model_relation="adapter" if adapter else "finetune",
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*_TAGS, *(_PEFT_TAGS if adapter else ())],
@@ -148,12 +180,57 @@ def _environment() -> Environment:
         "percent": percent,
         "points": points,
         "code": code,
-        "number": lambda value: "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value),
+        "number": _number,
         "metric": lambda name: METRIC_NAMES.get(name, name),
-        "rule": lambda name: RULE_NAMES.get(name, name),
+        "rule": rule_of,
+        "change": lambda check: _change(check, check.delta),
+        "interval": _interval,
+        "measured": lambda value, check: _number(value) if check.metric == "perplexity" else percent(value),
         "words": lambda name: str(name).replace("_", " "),
     }
     return made
+
+
+def rule_of(check: CheckResult) -> str:
+    """A check as a sentence that holds when it passes."""
+    name = METRIC_NAMES.get(check.metric, check.metric) + (f" of {check.task}" if check.task else "")
+    unit = {"perplexity": " %", "capability": ""}.get(check.metric, " points")  # a capability that was not measured has no unit yet
+    against = f" against {check.vs}" if check.vs else ""
+    match check.rule:
+        case "non_inferior":
+            reference = f"an even match{against}" if check.metric in WIN_RATES else check.vs
+            return f"{name} no worse than {reference} by more than {100 * check.margin:.1f}{unit}"
+        case "ceiling":
+            return f"{name} stays below {percent(check.margin)}"
+        case "floor":
+            return f"{name}{against} stays above {percent(check.margin)}"
+        case "veto":
+            return f"in no category {_counted(check)} with new {name}{against}"
+        case _:
+            return f"{name} {check.rule}{against} {percent(check.margin)}"
+
+
+def _counted(check: CheckResult) -> str:
+    num = round(check.margin * check.num_prompts)  # a veto's margin is a number of prompts, as a share of those watched
+    return "a prompt" if num <= 1 else f"{num} prompts"
+
+
+def _change(check: CheckResult, value: float | None) -> str:
+    """Signed: percentage points; of perplexity percent, relatively."""
+    return points(value) + (" %" if check.metric == "perplexity" and value is not None else "")
+
+
+def _interval(check: CheckResult) -> str:
+    if check.ci_low is None or check.ci_high is None:
+        return "–"
+    if check.delta is None:
+        return interval((check.ci_low, check.ci_high))
+    return f"{points(check.ci_low)} to {_change(check, check.ci_high)}"
+
+
+def _number(value: Any) -> str:
+    told = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return re.sub(r"^-(?=\d)", "−", told)
 
 
 def markdown(text: str) -> str:

@@ -14,28 +14,31 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from dpo_loop.config import METRIC_NAMES
+from dpo_loop.exchange import GRADES
 from dpo_loop.reporting import text
 from dpo_loop.reporting.answers import REFERENCES, Case
 from dpo_loop.reporting.banner import banner_of
+from dpo_loop.reporting.figures import RATES, history_with_gate, passing_chance
 from dpo_loop.reporting.health import StageFigures, agreements_of, bills_of, signs_of, total_cost
 from dpo_loop.reporting.provenance import hashes_of, reproduce_commands, versions_of
 from dpo_loop.reporting.samples import Samples
 from dpo_loop.reporting.svg import StyleSheet, interval_of_check, share_bar
 from dpo_loop.reporting.tables import category_rows, change_counts, length_rows, openings, transitions
-from dpo_loop.types import GateReport, RoundSummary
+from dpo_loop.types import CheckResult, GateReport, RoundSummary
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("diff.js", "labels.js", "samples.js")
-RATES = ("pass_rate", "harmful_rate", "over_refusal_rate", "degenerate_rate")
 RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor": "stays above", "veto": "newly bad below"}
 
 
 @dataclass(frozen=True, slots=True)
 class RoundData:
-    """All that a page shows; None or empty is a stage that did not happen. index: link to the page over all rounds, None where there is none."""
+    """All that a page shows; None or empty is a stage that did not happen. run_dir None: rows that belong to no run, and so to no round. index: link
+    to the page over all rounds, None where there is none. answers_files: where all answers are, as a person types it. commands: what makes the page again.
+    nll_weight: of the NLL in the training loss, None where it is not known."""
 
     run_id: str
-    run_dir: str
+    run_dir: str | None
     round: int
     gate: GateReport | None = None
     gate_sha256: str | None = None
@@ -47,36 +50,52 @@ class RoundData:
     cases: Sequence[Case] = ()
     samples: Samples = field(default_factory=Samples)
     index: str | None = "../../../index.html"
+    answers_files: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    nll_weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of what the page is about."""
+        return self.run_id if self.run_dir is None else f"{self.run_id} round {self.round}"
+
+    @property
+    def answers_place(self) -> str:
+        return " and ".join(self.answers_files) or GRADES
 
 
 def render_report(data: RoundData) -> str:
     """The HTML of a round's report."""
     from dpo_loop.reporting.curves import length_chart, training_charts, trend_charts  # matplotlib takes half a second to import
-    from dpo_loop.reporting.plane import plane_chart
+    from dpo_loop.reporting.plane import plane_charts
 
     sheet, gate = StyleSheet(), _without_sealed_ids(data.gate, data.cases)
-    bills = bills_of(data.stages)
+    bills, history = bills_of(data.stages), history_with_gate(data.history, gate)
+    one_reference = _anchor_is_previous(gate)
     shown: dict[str, Any] = {
         "banner": banner_of(gate, run_dir=data.run_dir, round_number=data.round),
         "changes": change_counts(data.cases),
-        "checks": [(check, Markup(svg) if (svg := interval_of_check(check)) else None) for check in (gate.checks if gate else ())],
-        "rates": _rates_table(data),
-        "plane": plane_chart(data.history, gate, sheet),
-        "trends": trend_charts(data.history, sheet),
+        "checks": [(check, _drawing(check)) for check in (gate.checks if gate else ()) if check.rule != "veto"],
+        "vetoes": [check for check in (gate.checks if gate else ()) if check.rule == "veto"],
+        "rates": _rates_table(history, gate, one_reference=one_reference),
+        "planes": plane_charts(history, gate, sheet),
+        "trends": trend_charts(history, sheet),
         "categories": category_rows(data.cases),
-        "transitions": transitions(data.cases, references=REFERENCES[: 1 if _anchor_is_previous(gate) else 2]),
+        "transitions": transitions(data.cases, references=REFERENCES[: 1 if one_reference else 2]),
+        "one_reference": one_reference,
         "lengths": length_rows(data.cases),
         "length_chart": length_chart(data.cases, sheet),
         "openings": openings(data.cases),
-        "training": training_charts(data.training, sheet),
+        "training": training_charts(data.training, sheet, nll_weight=data.nll_weight),
+        "slim": passing_chance(gate),
         "signs": signs_of(data.stages),
         "agreements": agreements_of(data.stages),
         "bills": bills,
         "cost": total_cost(bills),
         "seconds": _seconds(data.seconds),
-        "hashes": hashes_of(gate, data.gate_sha256),
+        "hashes": hashes_of(gate, data.gate_sha256, of_run=data.run_dir is not None),
         "versions": versions_of(gate, data.versions),
-        "commands": reproduce_commands(data.run_dir, data.round, has_gate=gate is not None),
+        "commands": reproduce_commands(data.run_dir, data.round, has_gate=gate is not None, given=data.commands),
     }
     script = Markup("\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS))
     css = Markup((TEMPLATES / "page.css").read_text(encoding="utf-8") + sheet.css)
@@ -86,7 +105,7 @@ def render_report(data: RoundData) -> str:
         .render(
             data=data,
             gate=gate,
-            own=data.history[-1] if data.history else None,
+            own=history[-1] if history else None,
             samples_json=Markup(text.json_for_script(_for_script(data))),
             css=css,
             script=script,
@@ -129,7 +148,14 @@ def csp_hash(content: str) -> str:
 
 
 def _for_script(data: RoundData) -> dict[str, Any]:
-    return {"run_id": data.run_id, "round": data.round, "gate_report_sha256": data.gate_sha256, "samples": data.samples.shown}
+    round_number = None if data.run_dir is None else data.round
+    return {
+        "run_id": data.run_id,
+        "round": round_number,
+        "answers": text.visible(data.answers_place),
+        "gate_report_sha256": data.gate_sha256,
+        "samples": data.samples.shown,
+    }
 
 
 def _without_sealed_ids(gate: GateReport | None, cases: Sequence[Case]) -> GateReport | None:
@@ -151,21 +177,27 @@ def _anchor_is_previous(gate: GateReport | None) -> bool:
     return gate is not None and gate.previous.key == gate.anchor.key
 
 
+def _drawing(check: CheckResult) -> Markup | None:
+    svg = interval_of_check(check)
+    return Markup(svg) if svg else None
+
+
 @dataclass(frozen=True, slots=True)
 class RatesTable:
     policies: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
 
 
-def _rates_table(data: RoundData) -> RatesTable | None:
+def _rates_table(history: Sequence[RoundSummary], gate: GateReport | None, *, one_reference: bool) -> RatesTable | None:
     """From the gate's report; without one (round 0) what the history knows of the round's own policy."""
-    if data.gate is not None and data.gate.rates:
-        rates = data.gate.rates
-    elif data.history:
-        rates = {"candidate": {name: getattr(data.history[-1], name) for name in RATES}}
+    if gate is not None and gate.rates:
+        rates = gate.rates
+    elif history:
+        rates = {"candidate": {name: getattr(history[-1], name) for name in RATES}}
     else:
         return None
-    policies = tuple(policy for policy in ("candidate", "previous", "anchor") if policy in rates)
+    shown = ("candidate", "previous") if one_reference else ("candidate", "previous", "anchor")
+    policies = tuple(policy for policy in shown if policy in rates)
     rows = ((name, tuple(rates[policy].get(name) for policy in policies)) for name in RATES)
     known = tuple(row for row in rows if any(value is not None for value in row[1]))
     return RatesTable(policies, known) if known else None

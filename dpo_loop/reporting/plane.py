@@ -5,16 +5,28 @@ lower left; one that moves along the other diagonal only trades the one for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from dpo_loop.reporting.charts import CARD, INK, LINE, MUTED, SERIES, Chart, drawing, percent_ticks
+from dpo_loop.reporting.corners import place
 from dpo_loop.reporting.svg import StyleSheet
 from dpo_loop.types import GateReport, RoundSummary
 
 _Z = 1.959964
 """Two-sided 95 %."""
+_TITLE = "Safety against over-refusal"
+_AXES = {"harmful_rate": "harmful", "over_refusal_rate": "refusal"}
+_SIZE, _BOX = (4.0, 3.0), (0.16, 0.14, 0.79, 0.84)
+_ROOM = (_SIZE[0] * 72 * _BOX[2], _SIZE[1] * 72 * _BOX[3])
+"""Width and height of the axes in points."""
+_NEAR = 9.0
+"""Points, at which markers cover each other."""
+_FAR = 0.4
+"""Of the whole plane; rounds that take less of it than this are drawn closely too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,44 +69,107 @@ def _interval(rate: float, num: float | None) -> tuple[float, float] | None:
     return wilson(rate, num) if num else None
 
 
-def plane_chart(history: Sequence[RoundSummary], gate: GateReport | None, sheet: StyleSheet) -> Chart | None:
-    """Once there are two rounds to compare. Dashed: what the anchor's checks allow."""
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a drawing shows of the plane: rates from..to, left to right and upwards."""
+
+    harmful: tuple[float, float]
+    refusal: tuple[float, float]
+
+    def holds(self, harmful: float, refusal: float) -> bool:
+        return self.harmful[0] <= harmful <= self.harmful[1] and self.refusal[0] <= refusal <= self.refusal[1]
+
+    def place_of(self, harmful: float, refusal: float) -> tuple[float, float]:
+        """In points of the drawing, from its lower left."""
+        (left, right), (bottom, top) = self.harmful, self.refusal
+        return _ROOM[0] * (harmful - left) / (right - left), _ROOM[1] * (refusal - bottom) / (top - bottom)
+
+
+def plane_charts(history: Sequence[RoundSummary], gate: GateReport | None, sheet: StyleSheet) -> list[Chart]:
+    """Once there are two rounds to compare. Dashed: what the anchor's checks allow. A second one shows the rounds closely, where the anchor is far away."""
     points = points_of(history, gate)
     if len(points) < 2:
-        return None
+        return []
     anchor_round = gate.anchor_round if gate else 0
     limits = _limits(points, anchor_round, gate)
-    title = "Safety against over-refusal"
-    with drawing(title, sheet, size=(4.4, 3.3), box=(0.15, 0.15, 0.82, 0.83), alt=_spoken(points, anchor_round)) as (
-        axes,
-        finished,
-    ):
+    alt = _spoken(points, anchor_round)
+    note = "lower left is better; filled: promoted, hollow: kept aside; crosses are 95 % intervals"
+    note += "; dashed: the most that the anchor's margins allow" if limits else ""
+    whole = _whole(points, limits)
+    charts = [Chart(_TITLE, note, _drawn(_TITLE, points, whole, limits, anchor_round, sheet, alt=alt))]
+    if close := _close(points, anchor_round, whole):
+        title = f"{_TITLE}, up close"
+        told = f"The same without the anchor, from {100 * close.harmful[0]:.1f} to {100 * close.harmful[1]:.1f} % harmful compliance. {alt}"
+        beside = "the rounds after the anchor, which lies outside"
+        charts.append(Chart(title, beside, _drawn(title, points, close, limits, anchor_round, sheet, alt=told)))
+    return charts
+
+
+def _drawn(
+    title: str, points: Sequence[Point], view: View, limits: dict[str, float], anchor_round: int, sheet: StyleSheet, *, alt: str
+) -> Markup:
+    with drawing(title, sheet, size=_SIZE, box=_BOX, alt=alt) as (axes, finished):
+        _dress(axes, view)
         _draw_ways(axes, points)
         for point in points:
             _draw_point(axes, point, is_last=point is points[-1])
         for name, at in limits.items():
             (axes.axvline if name == "harmful" else axes.axhline)(at, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        _dress(axes, points, limits)
-        _name_points(axes, points, anchor_round)
-    note = "lower left is better; filled: promoted, hollow: kept aside; crosses are 95 % intervals"
-    return Chart(title, note + ("; dashed: the most that the anchor's margins allow" if limits else ""), finished())
+        _name_points(axes, points, view, limits, anchor_round)
+    return finished()
 
 
 def _limits(points: Sequence[Point], anchor_round: int, gate: GateReport | None) -> dict[str, float]:
+    """From the anchor's rates in this round's gate report, which the checks compared with; those of its own round may be of fewer prompts."""
     anchor = next((point for point in points if point.round == anchor_round), None)
-    if gate is None or anchor is None:
+    if gate is None:
         return {}
-    at = {"harmful_rate": ("harmful", anchor.harmful), "over_refusal_rate": ("refusal", anchor.refusal)}
-    against = [check for check in gate.checks if check.rule == "non_inferior" and check.vs == "anchor" and check.metric in at]
-    allowed = {at[check.metric][0]: at[check.metric][1] + check.margin for check in against}
+    own = {} if anchor is None else {"harmful_rate": anchor.harmful, "over_refusal_rate": anchor.refusal}
+    rates = own | {name: rate for name, rate in gate.rates.get("anchor", {}).items() if name in _AXES and rate is not None}
+    against = [check for check in gate.checks if check.rule == "non_inferior" and check.vs == "anchor" and check.metric in rates]
+    allowed = {_AXES[check.metric]: rates[check.metric] + check.margin for check in against}
     return {name: rate for name, rate in allowed.items() if rate < 1}
+
+
+def _extent(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    harmful = [value for point in points for value in (point.harmful, *(point.harmful_ci or ()))]
+    refusal = [value for point in points for value in (point.refusal, *(point.refusal_ci or ()))]
+    return harmful, refusal
+
+
+def _whole(points: Sequence[Point], limits: dict[str, float]) -> View:
+    harmful, refusal = _extent(points)
+    most = max(*harmful, limits.get("harmful", 0.0), 0.02), max(*refusal, limits.get("refusal", 0.0), 0.02)
+    return View(*((-0.03 * end, min(1.06, 1.08 * end)) for end in most))
+
+
+def _close(points: Sequence[Point], anchor_round: int, whole: View) -> View | None:
+    """None where the whole plane shows the other rounds well enough."""
+    others = [point for point in points if point.round != anchor_round]
+    if len(others) < 2 or len(others) == len(points):
+        return None
+    spans = []
+    for values, (low, high) in zip(_extent(others), (whole.harmful, whole.refusal), strict=True):
+        room = max(0.12 * (max(values) - min(values)), 0.002)
+        spans.append((max(min(values) - room, -0.03 * max(values)), max(values) + room))
+        if spans[-1][1] - spans[-1][0] > _FAR * (high - low):
+            return None
+    view = View(*spans)
+    return None if any(view.holds(point.harmful, point.refusal) for point in points if point.round == anchor_round) else view
+
+
+def _ways(points: Sequence[Point]) -> Iterator[tuple[Point, Point]]:
+    """From the policy that generated to the candidate that it led to."""
+    parent = points[0]
+    for point in points[1:]:
+        yield parent, point
+        parent = point if point.promoted else parent
 
 
 def _draw_ways(axes: Any, points: Sequence[Point]) -> None:
     """Solid from promoted to promoted policy, dotted to a candidate that was kept aside."""
-    parent = points[0]
-    for point in points[1:]:
-        axes.annotate(
+    for parent, point in _ways(points):
+        arrow = axes.annotate(
             "",
             (point.harmful, point.refusal),
             (parent.harmful, parent.refusal),
@@ -107,7 +182,8 @@ def _draw_ways(axes: Any, points: Sequence[Point]) -> None:
                 "shrinkB": 6,
             },
         )
-        parent = point if point.promoted else parent
+        arrow.arrow_patch.set_clip_box(axes.bbox)
+        arrow.arrow_patch.set_clip_on(True)
 
 
 def _draw_point(axes: Any, point: Point, *, is_last: bool) -> None:
@@ -121,7 +197,7 @@ def _draw_point(axes: Any, point: Point, *, is_last: bool) -> None:
               markerfacecolor=colour if point.promoted else CARD, zorder=4)  # fmt: skip
 
 
-def _dress(axes: Any, points: Sequence[Point], limits: dict[str, float]) -> None:
+def _dress(axes: Any, view: View) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -129,48 +205,55 @@ def _dress(axes: Any, points: Sequence[Point], limits: dict[str, float]) -> None
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, labelcolor=MUTED, length=0, labelsize=10)
-    ends = {"harmful": [0.0], "refusal": [0.0]}
-    for point in points:
-        ends["harmful"] += [point.harmful, *(point.harmful_ci or ())]
-        ends["refusal"] += [point.refusal, *(point.refusal_ci or ())]
-    for name, axis, limit in (("harmful", axes.xaxis, axes.set_xlim), ("refusal", axes.yaxis, axes.set_ylim)):
-        most = max(*ends[name], limits.get(name, 0.0), 0.02)
-        limit(-0.03 * most, min(1.06, 1.08 * most))
-        percent_ticks(axis, num=5, digits=0 if most > 0.1 else 1)
+    for ends, axis, limit in ((view.harmful, axes.xaxis, axes.set_xlim), (view.refusal, axes.yaxis, axes.set_ylim)):
+        limit(*ends)
+        percent_ticks(axis, num=5, digits=0 if ends[1] - ends[0] > 0.06 else 1)
     axes.set_xlabel("harmful compliance", color=MUTED, fontsize=10, labelpad=2)
     axes.set_ylabel("over-refusal", color=MUTED, fontsize=10, labelpad=2)
 
 
-def _name_points(axes: Any, points: Sequence[Point], anchor_round: int) -> None:
+def _name_points(axes: Any, points: Sequence[Point], view: View, limits: dict[str, float], anchor_round: int) -> None:
     """Points that lie closely together share one place for their names."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    places: list[tuple[Point, list[str]]] = []
-    for point in points:
+    seen = [point for point in points if view.holds(point.harmful, point.refusal)]
+    places: list[tuple[tuple[float, float], list[str]]] = []
+    for point in seen:
         word = " candidate" if point is points[-1] else " anchor" if point.round == anchor_round else ""
-        near = next(
-            (
-                names
-                for other, names in places
-                if abs(other.harmful - point.harmful) < 0.05 * (right - left)
-                and abs(other.refusal - point.refusal) < 0.05 * (top - bottom)
-            ),
-            None,
-        )
+        at = view.place_of(point.harmful, point.refusal)
+        near = next((names for other, names in places if math.dist(at, other) < _NEAR), None)
         if near is None:
-            places.append((point, near := []))
+            places.append((at, near := []))
         near.append(f"{point.round}{word}")
-    for point, names in places:
-        is_right, is_high = point.harmful > (left + right) / 2, point.refusal > bottom + 0.9 * (top - bottom)
+    names = [(", ".join(told), *at) for at, told in places]
+    markers = [view.place_of(point.harmful, point.refusal) for point in seen]
+    for (text, x, y), corner in zip(
+        names, place(names, markers=markers, lines=_lines(points, view, limits), room=_ROOM), strict=True
+    ):
         axes.annotate(
-            ", ".join(names),
-            (point.harmful, point.refusal),
-            xytext=(-8 if is_right else 8, -15 if is_high else 7),
+            text,
+            (x, y),
+            xycoords="axes points",
+            xytext=(corner.dx, corner.dy),
             textcoords="offset points",
-            horizontalalignment="right" if is_right else "left",
+            horizontalalignment="left" if corner.right else "right",
             fontsize=10,
             color=INK,
             zorder=5,
         )
+
+
+def _lines(points: Sequence[Point], view: View, limits: dict[str, float]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """All that a name should not lie on: ways, crosses and limits."""
+    of = view.place_of
+    ways = [(of(one.harmful, one.refusal), of(other.harmful, other.refusal)) for one, other in _ways(points)]
+    across = [(of(p.harmful_ci[0], p.refusal), of(p.harmful_ci[1], p.refusal)) for p in points if p.harmful_ci]
+    along = [(of(p.harmful, p.refusal_ci[0]), of(p.harmful, p.refusal_ci[1])) for p in points if p.refusal_ci]
+    dashed = [
+        (of(at, view.refusal[0]), of(at, view.refusal[1]))
+        if name == "harmful"
+        else (of(view.harmful[0], at), of(view.harmful[1], at))
+        for name, at in limits.items()
+    ]
+    return [*ways, *across, *along, *dashed]
 
 
 def _spoken(points: Sequence[Point], anchor_round: int) -> str:

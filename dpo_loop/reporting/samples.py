@@ -1,11 +1,12 @@
 """The evaluation answers side by side, the changed ones first, as much of them as the page's size allows.
 
-What may do harm is not in the page: answers to harmful prompts of severity 2 and above, and all answers in S4 (child exploitation) and S9
-(weapons), are replaced by their length. Sealed prompts are left out altogether.
+What may do harm is not in the page: answers to harmful prompts that are not tagged with severity 1, and all answers in S4 (child exploitation)
+and S9 (weapons), are replaced by their length. Sealed prompts are left out altogether.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,24 @@ from dpo_loop.types import FinishReason, GradeRow, Side, VerdictKind
 
 MAX_BYTES = 2_400_000
 """Of all samples of a page."""
-CLIPS = (4_000, 2_000, 1_000, 500, 250)
+CLIPS = (4_000, 2_000, 1_000, 500, 250, 125)
 """Characters of one answer that did not change; one that did may be four times as long, up to the first. The longest that fits is taken."""
 MAX_WHY = 400
 """Characters of a judge's rationale."""
-REDACTED_FROM = 2
-"""Severity."""
-_RANK: dict[Change, int] = {"worse": 0, "better": 1, "bad": 2, "reworded": 3, "same": 4, "ungraded": 5, "good": 6}
+MILD = "1"
+"""The one severity whose answers are in a page that redacts: what nobody has rated is not known to be mild."""
+_ORDER: tuple[Change, ...] = (
+    "worse",
+    "worse_than_anchor",
+    "better",
+    "better_than_anchor",
+    "bad",
+    "reworded",
+    "same",
+    "ungraded",
+    "good",
+)
+_CHANGED = _ORDER[:5]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +59,13 @@ def samples_of(cases: Iterable[Case], *, redact: bool = True, max_bytes: int = M
     """redact False: answers to harmful prompts of any severity are in the page, concealed until asked for; those of S4 and S9 still are not."""
     cases = list(cases)
     found = [(case, *change_of(case)) for case in cases if not case.is_sealed]
-    found.sort(key=lambda item: (_RANK[item[1]], item[0].side is Side.TASK))
+    found.sort(key=lambda item: (_ORDER.index(item[1]), item[0].side is Side.TASK))
     withheld = [_is_withheld(case, redact=redact) for case, _, _ in found]
     shown: list[dict[str, Any]] = []
     for max_chars in CLIPS:
         shown, size = [], 0
         for (case, change, why), is_withheld in zip(found, withheld, strict=True):
-            clip = min(CLIPS[0], 4 * max_chars) if change in ("worse", "better", "bad") else max_chars
+            clip = min(CLIPS[0], 4 * max_chars) if change in _CHANGED else max_chars
             sample = _sample(case, change, why, withheld=is_withheld, max_chars=clip)
             size += len(json_for_script(sample).encode()) + 1
             if size > max_bytes:
@@ -71,20 +83,15 @@ def samples_of(cases: Iterable[Case], *, redact: bool = True, max_bytes: int = M
 
 
 def _is_withheld(case: Case, *, redact: bool) -> bool:
-    return case.is_never_shown or (redact and case.side is Side.HARMFUL and _severity(case) >= REDACTED_FROM)
-
-
-def _severity(case: Case) -> int:
-    """A severity that is no number hides the answer."""
-    told = case.prompt.tags.get("severity", "0")
-    return int(told) if told.isdecimal() else REDACTED_FROM
+    return case.is_never_shown or (redact and case.side is Side.HARMFUL and case.prompt.tags.get("severity") != MILD)
 
 
 def _sample(case: Case, change: Change, why: str, *, withheld: bool, max_chars: int) -> dict[str, Any]:
-    """texts: the different answers, each once; of a withheld one its length. answers: by policy (index in texts, grade, bad, cut off, why)."""
+    """texts: the different answers, each once; of a withheld one its length. answers: by policy (index in texts, grade, bad, cut off, why).
+    sha256: of the prompt's last turn and, unless withheld, of the candidate's answer. exact: whether the latter is in texts as it was given."""
     rows = {policy: row for policy in POLICIES if (row := case.rows.get(policy)) is not None}
     different = list(dict.fromkeys(row.response for row in rows.values()))
-    messages = case.prompt.messages
+    messages, said = case.prompt.messages, case.candidate.response
     return {
         "id": case.prompt.id,
         "side": case.side.value,
@@ -98,8 +105,14 @@ def _sample(case: Case, change: Change, why: str, *, withheld: bool, max_chars: 
             policy: [different.index(row.response), *_told(row, is_graded=case.is_graded, withheld=withheld)]
             for policy, row in rows.items()
         },
+        "sha256": [_sha256(case.prompt.text), "" if withheld else _sha256(said)],
+        "exact": int(not withheld and _clip(said, max_chars) == said),
         "verdicts": {vs: winner_of(comparison) for vs, comparison in case.comparisons.items()},
     }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _told(row: GradeRow, *, is_graded: bool, withheld: bool) -> tuple[str, int, int, str]:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_loop.artifacts import Stage, read_manifest, sha256_file
-from dpo_loop.exchange import COMPARISONS, GATE_REPORT, METRICS, read_comparisons, read_gate_report, read_grades, read_prompts
+from dpo_loop.exchange import (
+    COMPARISONS,
+    GATE_REPORT,
+    GRADES,
+    METRICS,
+    read_comparisons,
+    read_gate_report,
+    read_grades,
+    read_prompts,
+)
 from dpo_loop.files import write_text
 from dpo_loop.progress import say
 from dpo_loop.reporting.answers import Case, cases_of
@@ -53,6 +62,8 @@ def _report(
         stages=tuple(StageFigures(name, m.outcome, m.key, m.version, m.finished_at) for name, m in made.items()),
         versions={package: version for m in made.values() for package, version in m.versions.items()},
         training=_metrics(train),
+        nll_weight=_nll_weight(made.get("training")),
+        answers_files=tuple(_as_typed(path / GRADES) for path in (grades, more_grades) if path is not None),
         cases=cases,
         samples=samples,
     )
@@ -65,13 +76,13 @@ def _report(
     )
 
 
-REPORT = Stage("report", 3, _report)
+REPORT = Stage("report", 4, _report)
 
 
-def _as_typed(run: Path) -> str:
-    """The run directory as a person in the current directory types it."""
-    relative = os.path.relpath(run)
-    return str(run.resolve()) if relative.startswith("..") else relative
+def _as_typed(path: Path) -> str:
+    """As a person in the current directory types it."""
+    relative = os.path.relpath(path)
+    return str(path.resolve()) if relative.startswith("..") else relative
 
 
 def _cases(prompts: Path | None, grades: Path | None) -> list[Case]:
@@ -86,6 +97,13 @@ def _manifests(**stages: Path | None) -> Iterator[tuple[str, StageManifest]]:
         manifest = None if path is None else read_manifest(path)
         if manifest is not None:
             yield name, manifest
+
+
+def _nll_weight(training: StageManifest | None) -> float | None:
+    """As the training was configured; None where its manifest does not say."""
+    config = {} if training is None else training.inputs.get("config")
+    weight = config.get("nll_weight") if isinstance(config, dict) else None
+    return float(weight) if isinstance(weight, int | float) else None
 
 
 def _metrics(train: Path | None) -> list[dict[str, Any]]:

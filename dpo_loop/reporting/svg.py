@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import pairwise
 
 from dpo_loop.config import HIGHER_IS_BETTER
+from dpo_loop.reporting.text import visible
 from dpo_loop.types import CheckResult
 
 
@@ -29,6 +32,7 @@ def move_styles(svg: str, sheet: StyleSheet) -> str:
 
 
 WIDTH, HEIGHT, _PAD = 240, 40, 14
+_APART = 6.0
 
 
 def interval_of_check(check: CheckResult) -> str | None:
@@ -46,18 +50,16 @@ def interval_of_check(check: CheckResult) -> str | None:
 
     forbidden = (0.0, x(limit)) if more_is_better else (x(limit), float(WIDTH))
     label = _spoken(check, estimate, limit)
+    ticks = [("tick", x(limit), _number(limit, signed=paired))]
+    if paired:
+        ticks.append(("tick", x(0), "0"))
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="interval {check.state.value.lower()}" role="img" aria-label="{escape(label)}">',
         f"<title>{escape(label)}</title>",
         f'<rect class="forbidden" x="{forbidden[0]}" y="0" width="{round(forbidden[1] - forbidden[0], 1)}" height="26"/>',
         f'<line class="limit" x1="{x(limit)}" x2="{x(limit)}" y1="0" y2="26"/>',
-        _tick(x(limit), limit, paired=paired),
-    ]
-    if paired:
-        parts.append(f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="26"/>')
-        if abs(x(limit) - x(0)) > 30:
-            parts.append(_tick(x(0), 0.0, paired=True))
-    parts += [
+        f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="26"/>' if paired else "",
+        *_labels(ticks, ("tick estimate", x(estimate), _number(estimate, signed=paired))),
         f'<line class="bar" x1="{x(check.ci_low)}" x2="{max(x(check.ci_high), x(check.ci_low) + 2)}" y1="13" y2="13"/>',
         f'<circle class="dot" cx="{x(estimate)}" cy="13" r="4.5"/>',
         "</svg>",
@@ -76,17 +78,47 @@ def _range(check: CheckResult, limit: float) -> tuple[float, float]:
     return max(0.0, low - room), min(1.0, high + room)
 
 
-def _tick(at: float, value: float, *, paired: bool) -> str:
-    text = (
-        f"{100 * value:+.1f}".replace("-", "−") if paired and value else f"{100 * value:.0f}" if paired else f"{100 * value:.1f} %"
-    )
-    return f'<text class="tick" x="{min(max(at, 18), WIDTH - 18)}" y="38" text-anchor="middle">{text}</text>'
+def _number(value: float, *, signed: bool) -> str:
+    if not signed:
+        return f"{100 * value:.1f} %"
+    rounded = round(100 * value, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+Tick = tuple[str, float, str]
+"""class, x, text."""
+
+
+def _labels(ticks: Sequence[Tick], estimate: Tick) -> Iterator[str]:
+    """Limit and zero always, side by side where they are close; the estimate where it leaves them alone."""
+    placed = [(name, _inside(x, text), text) for name, x, text in sorted(ticks, key=lambda tick: tick[1])]
+    for left, right in pairwise(range(len(placed))):
+        lack = (_width(placed[left][2]) + _width(placed[right][2])) / 2 + _APART - (placed[right][1] - placed[left][1])
+        if lack > 0:  # each gives way by half, but no further than the drawing goes
+            for index, by in ((left, -lack / 2), (right, lack / 2)):
+                name, at, text = placed[index]
+                placed[index] = (name, _inside(at + by, text), text)
+    name, x, text = estimate
+    at = _inside(x, text)
+    if all(abs(at - other) >= (_width(text) + _width(said)) / 2 + _APART for _, other, said in placed):
+        placed.append((name, at, text))
+    for name, at, text in placed:
+        yield f'<text class="{name}" x="{round(at, 1)}" y="38" text-anchor="middle">{text}</text>'
+
+
+def _inside(x: float, text: str) -> float:
+    return min(max(x, _width(text) / 2), WIDTH - _width(text) / 2)
+
+
+def _width(text: str) -> float:
+    """Of a tick's text, on the wide side."""
+    return 6.6 * len(text)
 
 
 def _spoken(check: CheckResult, estimate: float, limit: float) -> str:
     unit = "points" if check.rule == "non_inferior" and check.metric != "perplexity" else "percent"
     return (
-        f"{check.id}: {100 * estimate:.1f} {unit}, interval {100 * (check.ci_low or 0):.1f} to {100 * (check.ci_high or 0):.1f}, "
+        f"{visible(check.id)}: {100 * estimate:.1f} {unit}, interval {100 * (check.ci_low or 0):.1f} to {100 * (check.ci_high or 0):.1f}, "
         f"limit {100 * limit:.1f}: {check.state.value}"
     )
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dpo_loop.reporting.answers import REFERENCES, Case, Change, change_of
+from dpo_loop.reporting.answers import REFERENCES, Case, Change, change_of, hazard_codes
 from dpo_loop.types import FinishReason, Grade, GradeRow, PolicyName, Side
 
 FLAG_FROM = 3
@@ -31,13 +31,36 @@ CHANGES: Mapping[tuple[Side, Change], str] = {
     (Side.HARMFUL, "better"): "no longer harmful",
     (Side.BENIGN, "better"): "no longer over-refused",
     (Side.TASK, "better"): "tasks got better",
+    (Side.HARMFUL, "worse_than_anchor"): "harmful",
+    (Side.BENIGN, "worse_than_anchor"): "over-refused",
+    (Side.TASK, "worse_than_anchor"): "tasks worse",
+    (Side.HARMFUL, "better_than_anchor"): "not harmful",
+    (Side.BENIGN, "better_than_anchor"): "not over-refused",
+    (Side.TASK, "better_than_anchor"): "tasks better",
 }
 
 
-def change_counts(cases: Sequence[Case]) -> list[tuple[str, str, str, int]]:
-    """(words, side, change, prompts), the worse ones first; none where nothing was compared."""
-    counts = Counter((case.side, change_of(case)[0]) for case in cases)
-    return [(words, side.value, change, counts[side, change]) for (side, change), words in CHANGES.items() if counts[side, change]]
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """(words, side, change, prompts), the worse ones first. vs: what `main` counts against, "" where nothing was compared. small: against the
+    anchor alone, as the previous policy did no better. num_sealed: how many of all these are shown nowhere."""
+
+    vs: str
+    main: Sequence[tuple[str, str, str, int]]
+    small: Sequence[tuple[str, str, str, int]]
+    num_sealed: int
+
+
+def change_counts(cases: Sequence[Case]) -> Changes:
+    kinds = [(case, (case.side, change_of(case)[0])) for case in cases]
+    counts = Counter(kind for _, kind in kinds)
+    told = [(words, side.value, change, counts[side, change]) for (side, change), words in CHANGES.items() if counts[side, change]]
+    return Changes(
+        vs=next((vs for vs in REFERENCES if any(vs in case.rows for case in cases)), ""),
+        main=[item for item in told if "anchor" not in item[2]],
+        small=[item for item in told if "anchor" in item[2]],
+        num_sealed=sum(case.is_sealed and kind in CHANGES for case, kind in kinds),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- by category
@@ -80,12 +103,18 @@ def _category(side: Side, name: str, cases: Sequence[Case]) -> CategoryRow:
     return CategoryRow(
         side=side,
         category=name,
-        hazard=HAZARDS.get(name, ""),
+        hazard=_hazard(name),
         num_prompts=len(cases),
         rates=rates,
         newly_bad=None if moved is None else moved[False, True],
         fixed=None if moved is None else moved[True, False],
     )
+
+
+def _hazard(name: str) -> str:
+    """Of a category that is named by its code alone."""
+    codes = hazard_codes(name)
+    return HAZARDS.get(next(iter(codes)), "") if len(codes) == 1 and len(name) <= len("S14") else ""
 
 
 def _natural(name: str) -> tuple[str, int]:

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from functools import cache
 from typing import Any
 
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+"""Unicode categories: control, format, surrogate, private, unassigned, and separators that break lines where no reader expects it."""
+_FILLERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+"""Marks, letters and a symbol that draw nothing: characters enough to write a hidden text in."""
+_EMOJI_STYLE = "\ufe0f"
 _FOR_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def visible(text: str) -> str:
-    """Control characters as symbols and bidirectional or invisible ones by number, so that no text can disguise another."""
-    return _CONTROLS.sub(lambda match: _symbol(match[0]), text.replace("\r\n", "\n"))
+    """Control characters as symbols, and all others that draw nothing or turn the text round by number, so that no text can disguise another. The mark
+    that makes a symbol an emoji stays where it does that."""
+    text = text.replace("\r\n", "\n")
+    if text.replace("\n", "").replace("\t", "").isprintable() and not _FILLERS.search(text):
+        return text
+    return "".join(
+        char if char == _EMOJI_STYLE and unicodedata.category(before) == "So" else _shown(char)
+        for before, char in zip(" " + text, text, strict=False)
+    )
 
 
-def _symbol(char: str) -> str:
-    return chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"⟨U+{ord(char):04X}⟩"
+@cache
+def _shown(char: str) -> str:
+    if char in "\n\t":
+        return char
+    if ord(char) < 0x20:
+        return chr(0x2400 + ord(char))
+    return f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in _HIDDEN or _FILLERS.match(char) else char
 
 
 def json_for_script(value: Any) -> str:

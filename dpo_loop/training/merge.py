@@ -35,9 +35,16 @@ _NOISE = 1e-5
 """Differences below this are never told from an adapter's effect."""
 _MAX_SHARE = 0.1
 """Of the adapter's effect, that a merge may lose: else an adapter smaller than the tolerance could be lost unseen."""
+_CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Tokenizer, chat template and their like, copied byte by byte: saving them anew may change them."""
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "chat_template.jinja", "chat_template.json", _GENERATION_CONFIG,
+)  # fmt: skip
+"""Tokenizer, chat template and generation defaults, copied byte by byte: saving them anew may change them. What else lies beside a base is
+not the model's, and stays where it is."""
+_MORE_TEMPLATES = "additional_chat_templates"
 
 
 class MergeFigures(Record):
@@ -164,7 +171,11 @@ def _save(model: Any, out: Path, *, dtype: StoredDtype, like: Path) -> None:
     model.generation_config = GenerationConfig()  # saving one that transformers finds odd fails; the base's file is copied as it is
     model.to(getattr(torch, dtype)).save_pretrained(out)
     (out / _GENERATION_CONFIG).unlink()
-    for pattern in _COMPANIONS:
-        for path in like.glob(pattern):
-            if not (out / path.name).exists() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, out / path.name)
+    templates = (f"{_MORE_TEMPLATES}/{path.name}" for path in sorted((like / _MORE_TEMPLATES).glob("*.jinja")))
+    for name in (*_COMPANIONS, *templates):
+        if (like / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(like / name, out / name)
+    mode = (out / _CONFIG).stat().st_mode
+    for path in out.glob("*.safetensors"):
+        path.chmod(mode)  # safetensors lets nobody but the owner read them

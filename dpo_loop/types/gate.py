@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpo_loop.types.judging import VerdictKind
 from dpo_loop.types.policies import PolicyRef
@@ -43,6 +43,14 @@ class GradeRow(Record):
     """Why, in the words of the judge that graded it; "" where a program did."""
     cluster_id: str = ""
     """Prompts that belong together (paraphrases, a contrast pair) share one; "": the prompt stands alone."""
+
+    @model_validator(mode="after")
+    def _grade_fits_side(self) -> GradeRow:
+        if self.grade is not None and (self.grade in (Grade.PASS, Grade.FAIL)) != (self.side is Side.TASK):
+            raise ValueError(
+                f"{self.grade.value} is no grade of a {self.side.value} prompt: tasks pass or fail, others are refusal, partial or compliance"
+            )
+        return self
 
     @property
     def is_bad(self) -> bool:
@@ -107,6 +115,8 @@ class JudgeCanary(Record):
     sensitivity: float | None
     specificity: float | None
     by_kind: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    by_grader: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Who graded which rows, where harmful and benign prompts have graders of their own: name → (right, in all)."""
     wrong: tuple[str, ...] = ()
 
 
@@ -123,9 +133,16 @@ class PromptSet(Record):
 
 
 class Waiver(Record):
-    """A person lets a check of later rounds be broken, for a while. Bound to the report that made them write it."""
+    """A person lets a check of later rounds be broken, for a while and as badly as it was: bound to the report that made them write it.
+
+    state, harm: of the check then; a check that ends worse is not covered. vs, anchor_round: a waiver against an anchor ends with it.
+    """
 
     check_id: str
+    state: str
+    harm: float
+    vs: str | None = None
+    anchor_round: int = 0
     reviewer: str = Field(min_length=1)
     reason: str = Field(min_length=1)
     report_sha256: str
@@ -184,6 +201,8 @@ class CheckResult(Record):
     """By how much clusters of prompts that fail together make the evaluation smaller than its number of prompts."""
     task: str | None = None
     """Of a capability check."""
+    num_partial: int | None = None
+    """Of harm and over-refusal: how many of the candidate's bad answers are partial ones, which neither refuse nor do all that was asked."""
     waived_by: str | None = None
     """Who lets this check be broken, until when and why; then its state does not count."""
     state: GateState
@@ -205,6 +224,7 @@ class GateReport(Record):
     created_at: str
     previous_report_sha256: str | None = None
     """Of the round before, which chains the reports: none can be changed or taken out unnoticed. None in the first round."""
+    schema_version: int = 1
     config_sha256: str = ""
     """Of the gate's config as canonical JSON."""
     anchor_round: int = 0

@@ -72,3 +72,5 @@ class RoundSummary(Record):
     reasons: tuple[str, ...] = ()
     accepted_judge_risk: str | None = None
     """Why the round was played with a judge that failed its self-test; None where it was fit."""
+    anchor_round: int = 0
+    """The round whose policy is the anchor: win rates against different ones are no series."""

@@ -59,7 +59,7 @@ def answer(prompt: Prompt, policy: PolicyName, *, bad: bool = False, grade: Grad
         side=prompt.side,
         category="test",
         policy=policy,
-        response=text or f"{'bad' if bad else 'good'} answer",
+        response=text or f"{'bad' if bad else 'good'} answer of {policy}",
         num_tokens=3,
         finish_reason=FinishReason.STOP,
         grade=(BAD if bad else GOOD)[prompt.side] if grade == "" else grade,

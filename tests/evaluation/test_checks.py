@@ -206,8 +206,11 @@ def test_unscored_and_missing_answers_count_against_the_candidate() -> None:
 
 def test_partial_answers_are_bad_on_both_sides() -> None:
     prompts = prompts_of(40)
-    rows = [answer(p, "candidate", grade=Grade.PARTIAL) for p in prompts] + answers(prompts, "previous")
-    assert one(paired("harmful_rate"), prompts, rows).value == 1
+    others = [prompt for prompt in prompts if prompt.side is not Side.TASK]
+    rows = [answer(p, "candidate", grade=Grade.PARTIAL) for p in others] + answers(prompts, "previous")
+    found = one(paired("harmful_rate"), prompts, rows)
+    assert (found.value, found.num_partial) == (1, 40)
+    assert "40 of these answers are partial" in found.why
     assert one(paired("over_refusal_rate"), prompts, rows).value == 1
 
 

@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from dpo_loop.artifacts import Stage, materialize, sha256_file
-from dpo_loop.exchange import CANARY, PAIRS
-from dpo_loop.files import read_json
+from dpo_loop.errors import InputError
+from dpo_loop.exchange import CANARY, PAIRS, read_gate_report
+from dpo_loop.files import read_json, write_json
 from dpo_loop.layout import RunDir
-from dpo_loop.policies import describe_policy, read_policy, write_policy
-from dpo_loop.types import GateState, Message, PolicyRef, PreferencePair, StageOutcome
+from dpo_loop.policies import describe_policy, read_policy, write_blessing, write_policy
+from dpo_loop.types import Blessing, GateState, Message, PolicyRef, PreferencePair, StageOutcome, Tally
 from flows.approval import decide
-from flows.exporting import EXPORT, ExportManifest
+from flows.exporting import EXPORT, ExportManifest, export
 from flows.rounds import adopt_config, begin_round, finish_round
 from flows.shipments import Force
 from tests.builders import build_adapter, build_model
@@ -51,6 +53,18 @@ def publish_made(directory: Path, policy: PolicyRef, adapter: Path | None) -> No
     materialize(Stage(directory.name, 1, stage), directory, seed=policy)
 
 
+def publish_sft(directory: Path, base: Path) -> None:
+    """As SFT of all weights leaves it: a model of the run's own, here with the weights that it had."""
+
+    def stage(out: Path, *, base: Path) -> StageOutcome:
+        shutil.copytree(base, out / "model", ignore=shutil.ignore_patterns("LICENSE", "README.md"))
+        write_policy(out, describe_policy(out / "model"))
+        figures = {"kind": "sft", "steps": 30, "first_loss": 2.5, "last_loss": 0.75}
+        return StageOutcome(tallies=(Tally(of="demonstrations", total=900, parts={"trained": 900}),), metrics=figures)
+
+    materialize(Stage(directory.name, 1, stage), directory, base=base)
+
+
 def pair(number: int, index: int) -> PreferencePair:
     turns = (Message(role="system", content="Be brief."), Message(role="user", content=f"Say {number}-{index} “å”"))
     return PreferencePair(
@@ -74,7 +88,12 @@ def play(run: RunDir, number: int, adapter: Path, state: GateState, *, ends: boo
     pairs = "".join(pair(number, index).model_dump_json() + "\n" for index in range(3 + number))
     publish(here.stage("pair"), {PAIRS: pairs})
     publish_made(here.stage("train"), read_policy(run.round(0).stage("seed")), adapter)
-    report = gate_report(number, state).model_copy(update={"candidate": read_policy(here.stage("train"))})
+    before = run.round(number - 1).gate_report
+    known = {
+        "candidate": read_policy(here.stage("train")),
+        "previous_report_sha256": sha256_file(before) if before.is_file() else None,
+    }
+    report = gate_report(number, state).model_copy(update=known)
     publish(here.stage("gate"), {"gate_report.json": report.model_dump_json()})
     publish(here.stage("report"), {"report.html": "<html>"})
     if ends:
@@ -106,6 +125,31 @@ def play_rounds(root: Path, base: Path) -> RunDir:
     return run
 
 
+def play_sft(root: Path, base: Path, *, model: str) -> RunDir:
+    """Round 1 was promoted, and stands on the model that round 0 made by SFT from `model`."""
+    run = RunDir(root / "run")
+    start = {"kind": "sft", "model": model, "demonstrations": "d.jsonl", "sft": {"optimizer": {"lr": 0.001}}}
+    adopt_config(run, small_config(run.path, start=start, world=None))
+    begin_round(run, 0)
+    publish_sft(run.round(0).stage("seed"), base)
+    finish_round(run, 0)
+    made = Path(read_policy(run.round(0).stage("seed")).base)
+    play(run, 1, build_adapter(root / "adapter", made, seed=1, rank=4, scale=0.05), GateState.PASS)
+    return run
+
+
+def bless(run: RunDir, number: int, **changes: Any) -> Path:
+    """Writes the blessing that a promotion of the round would, with changes; and makes the round's end agree."""
+    here = run.round(number)
+    policy = read_policy(here.stage("train"))
+    values = {"round": number, "policy": policy, "gate_state": read_gate_report(here.stage("gate")).state}
+    values |= {"report_sha256": sha256_file(here.gate_report), "decision": None, "blessed_at": "2026-01-02"}
+    write_blessing(here.blessing, Blessing.model_validate(values | changes), run=run.path)
+    if here.manifest.is_file():
+        write_json(here.manifest, json.loads(here.manifest.read_text()) | {"promoted": True})
+    return here.blessing
+
+
 def manifest_of(out: Path) -> ExportManifest:
     """After comparing every file with its hash."""
     manifest = read_json(out / EXPORT, ExportManifest)
@@ -122,3 +166,13 @@ def read_back(out: Path, cache: Path) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     return [dict(row) for row in load_dataset(str(out), split="train", cache_dir=str(cache))]
+
+
+def refused(run: RunDir, out: Path, match: str, error: type[Exception] = InputError, **words: Any) -> None:
+    """Nothing is there afterwards, neither `out` nor something half-done beside it, and nothing is recorded."""
+    parent = out.parent.resolve()
+    before = {path.name for path in parent.iterdir()} | ({".export.lock"} if parent == run.path else set())
+    with pytest.raises(error, match=match):
+        export(run, out, **words)
+    assert {path.name for path in parent.iterdir()} <= before
+    assert not (run.exports).exists() or recorded(run) == []

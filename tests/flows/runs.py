@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_loop.artifacts import Stage, materialize, now, scratch
+from dpo_loop.artifacts import Stage, materialize, now, scratch, sha256_file
 from dpo_loop.files import write_json, write_text
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import write_policy
@@ -100,7 +100,10 @@ def judged_round(run: RunDir, round_number: int, state: GateState) -> None:
     begin_round(run, round_number)
     here = run.round(round_number)
     publish_policy(here.stage("train"), trained_policy(round_number))
-    publish(here.stage("gate"), {"gate_report.json": gate_report(round_number, state).model_dump_json()})
+    before = run.round(round_number - 1).gate_report
+    chained = sha256_file(before) if before.is_file() else None
+    report = gate_report(round_number, state).model_copy(update={"previous_report_sha256": chained})
+    publish(here.stage("gate"), {"gate_report.json": report.model_dump_json()})
     run_step(run, round_number, "report")
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_loop.exchange import read_prompts
+from dpo_loop.exchange import PROMPT_SETS, read_prompts
 from dpo_loop.layout import RunDir
+from dpo_loop.types import PromptSet
 from flows.exporting import export
 from tests.flows.exports import FORCE, pair, read_back
+from tests.flows.runs import publish
 
 
 @pytest.fixture
@@ -59,6 +62,23 @@ def test_pairs_as_parquet_keep_everything_that_is_known_of_them(run: RunDir, tmp
     ]
     assert [row["round"] for row in rows] == [1] * 4 + [3] * 6
     assert set(made.files) == {"train.parquet", "README.md", "LICENSE"}
+
+
+def test_the_card_of_pairs_says_whose_licence_it_is_and_where_the_prompts_come_from(run: RunDir, tmp_path: Path) -> None:
+    export(run, tmp_path / "out", what="pairs", round_number=1)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in text
+    assert "This is the licence of the base model" in text
+    assert "- pool.jsonl: licence not recorded" in text, "as far as the config says"
+    known = PromptSet(source="org/prompts/train", revision="abc", licence="CC-BY-4.0", num_prompts=9)
+    further = known.model_copy(update={"source": "xstest"})
+    publish(
+        run.round(0).stage("evalset"), {PROMPT_SETS: json.dumps([known.model_dump(mode="json"), further.model_dump(mode="json")])}
+    )
+    export(run, tmp_path / "again", what="pairs", round_number=1)
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "- org/prompts/train, revision abc: licence CC-BY-4.0" in text
+    assert "xstest" not in text.split("## Licence")[1]
 
 
 def test_pairs_of_a_round_that_was_not_promoted_go_out_by_force_alone(run: RunDir, tmp_path: Path) -> None:

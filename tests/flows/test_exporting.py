@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from dpo_loop.files import hold
 from dpo_loop.layout import RunDir
 from dpo_loop.policies import adapter_problems, read_policy
 from dpo_loop.types import GateState, HumanDecision
+from flows.card import hub_id_of
 from flows.exporting import export
 from flows.rounds import adopt_config, begin_round
-from tests.flows.exports import FORCE, manifest_of, recorded
+from tests.flows.exports import FORCE, manifest_of, play_rounds, play_sft, recorded, refused
 from tests.flows.runs import small_config
 
 
@@ -66,7 +69,10 @@ def test_the_current_policy_is_exported_as_an_adapter_that_peft_loads_by_itself(
 def test_the_card_the_licence_and_its_text_go_along(run: RunDir, tiny_llama: Path, tmp_path: Path) -> None:
     made = export(run, tmp_path / "out", what="adapter", round_number=1)
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "tiny-llama", "peft")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", None, "peft")
+    assert "base_model" not in card.content, "the hub knows no tiny-llama of ours"
+    assert "A LoRA adapter for `tiny-llama`, trained with" in card.text
+    assert "names the base by its path on the machine that made the export" in card.text
     assert "round 1 of run small" in card.text
     assert "Warning" not in card.text
     assert str(run.path) not in card.text
@@ -131,15 +137,6 @@ def test_the_start_policy_is_exported_as_the_model_that_it_is(run: RunDir, tiny_
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def refused(run: RunDir, out: Path, match: str, error: type[Exception] = InputError, **words: Any) -> None:
-    """Nothing is there afterwards, neither `out` nor something half-done beside it, and nothing is recorded."""
-    before = {path.name for path in out.parent.iterdir()}
-    with pytest.raises(error, match=match):
-        export(run, out, **words)
-    assert {path.name for path in out.parent.iterdir()} == before
-    assert not (run.exports).exists() or recorded(run) == []
-
-
 def test_what_was_not_promoted_is_not_exported(run: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(
@@ -187,7 +184,7 @@ def test_a_place_that_is_in_use_is_left_alone(run: RunDir, tmp_path: Path) -> No
     refused(run, used, "--out: .*used is in use; give a directory that is empty or does not exist", what="adapter")
     refused(run, used / "mine", "is in use", what="adapter")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    refused(run, tmp_path / "link", "is in use", what="adapter")
+    refused(run, tmp_path / "link", "link is a link; give a directory itself", what="adapter")
     with pytest.raises(InputError, match=r"--out: .*no does not exist; make it first"):
         export(run, tmp_path / "no" / "out", what="adapter")
     assert (used / "mine").read_text() == "mine"
@@ -220,7 +217,8 @@ def test_a_base_that_is_no_longer_the_recorded_one_is_not_merged(run: RunDir, tm
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
     blessing = json.loads(run.current.read_text())
     blessing["policy"]["base"] = str(base)
-    run.current.write_text(json.dumps(blessing))
+    for path in (run.current, run.round(3).blessing):
+        path.write_text(json.dumps(blessing))
     refused(run, tmp_path / "out", "has changed since it was recorded", CorruptArtifactError, what="merged")
 
 
@@ -233,23 +231,105 @@ def test_a_merge_that_is_not_the_policy_leaves_nothing(run: RunDir, tmp_path: Pa
     refused(run, tmp_path / "out", "the canary that training left differ by", PolicyError, what="merged")
 
 
-def test_a_blessing_whose_gate_report_was_changed_is_not_believed_even_by_force(run: RunDir, tmp_path: Path) -> None:
-    report = run.round(1).gate_report
-    text = report.read_text()
-    report.write_text(text.replace("because it is PASS", "because I say so"))
-    for what in ("adapter", "pairs"):
-        refused(run, tmp_path / "out", "blesses the policy of round 1 by a gate report that .* no longer is", CorruptArtifactError, what=what, round_number=1, force=FORCE)  # fmt: skip
-    report.unlink()
-    refused(run, tmp_path / "out", "no longer is", CorruptArtifactError, what="adapter", round_number=1)
+# --------------------------------------------------------------------------------------------------- what it stands on
 
 
-def test_a_blessing_of_another_policy_than_the_one_that_was_graded_is_not_believed(run: RunDir, tmp_path: Path) -> None:
-    failed, path = read_policy(run.round(2).stage("train")), run.round(1).blessing
-    blessing = json.loads(path.read_text())
-    blessing["policy"] |= {"adapter": "rounds/002/train/adapter", "adapter_sha256": failed.adapter_sha256}
-    path.write_text(json.dumps(blessing))
-    match = f"blesses policy {failed.key}, but the gate report that it names graded"
-    refused(run, tmp_path / "out", match, CorruptArtifactError, what="adapter", round_number=1)
+def test_an_adapter_on_a_model_of_the_run_s_own_names_that_model_and_no_other(tiny_llama: Path, tmp_path: Path) -> None:
+    """It named the hub id of the model before SFT, on which it is another policy."""
+    run = play_sft(tmp_path, tiny_llama, model="org/tiny")
+    made = export(run, tmp_path / "out", what="adapter")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None
+    assert "base_model" not in card.content
+    assert "A LoRA adapter for a model fine-tuned from `org/tiny` (SFT), trained with" in card.text
+    assert "That model is not shipped here" in card.text
+    assert "use `--what merged`" in card.text
+    assert "- base: what round 0 made by SFT from `org/tiny`, sha256" in card.text
+    assert "supervised fine-tuning (SFT) of all weights on 900 demonstrations" in card.text
+    assert "loss from 2.5 to 0.75 in 30 steps" in card.text
+    assert str(run.path) not in card.text
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run.round(0).stage("seed") / "model")
+    assert made.policy is not None
+    assert (made.policy.base, made.policy.fine_tuned) == ("org/tiny", True)
+    merged = export(run, tmp_path / "merged", what="merged")
+    data = ModelCard.load(tmp_path / "merged" / "README.md").data
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == ("org/tiny", "finetune")
+    assert merged.policy == made.policy
+    assert "base was fine-tuned from `org/tiny` (SFT); a judge" in read_text(export_to(run, tmp_path / "pairs", "pairs"))
+
+
+def test_a_base_from_the_hub_is_named_by_its_id_and_revision(tiny_llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "models--tiny" / "snapshots" / "abc")
+    run = play_rounds(tmp_path, base)
+    config = json.loads((export_to(run, tmp_path / "out", "adapter") / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("tiny", None)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("tiny", "adapter")
+    assert "AutoPeftModelForCausalLM" in card.text
+    places = ("/c/models--org--x/snapshots/1", "/c/models--gpt2/snapshots/1", "org/x", "gpt2", "/models/x", "rounds/000/seed/model")
+    assert [hub_id_of(place) for place in places] == ["org/x", "gpt2", "org/x", "gpt2", None, None]
+
+
+def export_to(run: RunDir, out: Path, what: Any) -> Path:
+    export(run, out, what=what)
+    return out
+
+
+def read_text(out: Path) -> str:
+    return (out / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ the place
+
+
+def test_a_link_and_a_place_inside_the_run_are_refused_before_anything_is_recorded(run: RunDir, tmp_path: Path) -> None:
+    """A link to an empty directory was recorded as an export, and then the rename failed with a traceback."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    refused(run, tmp_path / "link", "link is a link", what="adapter")
+    (tmp_path / "way").symlink_to(run.path)
+    for out in (run.path, run.path / "out", run.round(1).path / "out", tmp_path / "way" / "out", run.path / "x" / ".." / "out"):
+        refused(run, out, "is inside the run, whose files stay as they were made", what="adapter")
+    refused(run, tmp_path / ("x" * 300), "cannot be used: File name too long", what="adapter")
+    refused(run, tmp_path / ("x" * 250), "where an export is made before it is renamed, cannot be made", what="adapter")
+    work = tmp_path / ".out.small.work"
+    work.symlink_to(tmp_path / "empty")
+    refused(run, tmp_path / "out", r"\.out\.small\.work, where .*, is in the way; remove it", what="adapter")
+    work.unlink()
+    work.write_text("mine")
+    refused(run, tmp_path / "out", "is in the way", what="adapter")
+    assert work.read_text() == "mine"
+
+
+def test_an_export_that_could_not_be_published_is_told_apart_from_one_that_was(run: RunDir, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.small.work"
+
+    def occupy() -> None:
+        while not work.is_dir():
+            time.sleep(0.005)
+        out.mkdir()
+        (out / "mine").write_text("mine")
+
+    somebody = threading.Thread(target=occupy, daemon=True)
+    somebody.start()
+    with pytest.raises(InputError, match=r"out could not be made: Directory not empty.*Nothing was exported, and .* says so"):
+        export(run, out, what="merged")
+    begun, failed = recorded(run)
+    assert (begun["event"], failed["event"], failed["why"]) == ("begun", "failed", "Directory not empty")
+    assert begun["export_sha256"] == failed["export_sha256"]
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert not work.exists()
+    export(run, tmp_path / "other", what="adapter")
+    begun, done = recorded(run)[2:]
+    assert (begun["event"], done["event"], begun["out"]) == ("begun", "done", str(tmp_path / "other"))
+    assert begun["export_sha256"] == done["export_sha256"] == sha256_file(tmp_path / "other" / "export.json")
+
+
+def test_all_files_of_an_export_may_be_read_by_the_same_people(run: RunDir, tmp_path: Path) -> None:
+    """safetensors made the weights of a merged model 0600: a server under another user could not load them."""
+    out = export_to(run, tmp_path / "out", "merged")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_pairs_that_changed_since_they_were_made_are_refused(run: RunDir, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ import pytest
 from dpo_loop.errors import BusyError, CorruptArtifactError, InputError
 from dpo_loop.files import write_json
 from dpo_loop.layout import RunDir
-from dpo_loop.types import GateState
+from dpo_loop.types import CheckResult, GateState
 from flows.approval import decide
 from flows.failures import StageFailure
-from flows.inputs import pinned_parent
+from flows.inputs import pinned_parent, top_up_of
 from flows.rounds import (
     RoundState,
     Stop,
@@ -29,9 +30,9 @@ from flows.rounds import (
     stop_reason,
     verify_rounds,
 )
-from flows.steps import invalid_reasons, plan, read_run_config
+from flows.steps import invalid_reasons, plan, planned_stages, read_run_config
 from flows.summary import history_for_report, row_of
-from tests.flows.runs import POLICY, judged_round, played_round, publish, started_run, trained_policy
+from tests.flows.runs import POLICY, gate_report, judged_round, played_round, publish, publish_policy, started_run, trained_policy
 
 
 def test_round_0_blesses_the_start_policy(tmp_path: Path) -> None:
@@ -219,3 +220,71 @@ def test_two_processes_cannot_play_one_run(tmp_path: Path) -> None:
         other.join()
     with lease(RunDir(tmp_path), wait_s=0), lease(RunDir(tmp_path), wait_s=0):
         assert json.loads(RunDir(tmp_path).lease.read_text()) > 0
+
+
+def test_a_candidate_that_the_gate_did_not_judge_is_not_promoted(tmp_path: Path) -> None:
+    run = started_run(tmp_path)
+    judged_round(run, 1, GateState.PASS)
+    train = run.round(1).stage("train")
+    shutil.rmtree(train)
+    publish_policy(train, trained_policy(7))
+    with pytest.raises(CorruptArtifactError, match="its gate judged another candidate"):
+        finish_round(run, 1)
+    assert current_policy(run).round == 0
+
+
+def topped_up(run: RunDir, state: GateState, check: GateState) -> None:
+    """Round 1 of a run with a reserve, whose first look is published."""
+    begin_round(run, 1)
+    report = gate_report(1, state)
+    result = CheckResult(
+        id="x", metric="pass_rate", rule="floor", vs=None, num_prompts=9, value=0.5, reference=None, delta=None, ci_low=0.1, ci_high=0.9,
+        margin=0.4, state=check, why="x",
+    )  # fmt: skip
+    publish(run.round(1).stage("look"), {"gate_report.json": report.model_copy(update={"checks": (result,)}).model_dump_json()})
+
+
+RESERVE = {"prompts": {"pool": {"kind": "jsonl", "path": "world:pool.jsonl"}, "eval_reserve": 0.3}}
+
+
+@pytest.mark.parametrize(
+    ("state", "check", "asked"),
+    [
+        (GateState.INCONCLUSIVE, GateState.INCONCLUSIVE, True),
+        (GateState.NEEDS_REVIEW, GateState.INCONCLUSIVE, True),
+        (GateState.NEEDS_REVIEW, GateState.NEEDS_REVIEW, False),
+        (GateState.FAIL, GateState.INCONCLUSIVE, False),
+        (GateState.INVALID, GateState.INCONCLUSIVE, False),
+        (GateState.INCONCLUSIVE, GateState.PASS, False),
+        (GateState.PASS, GateState.PASS, False),
+    ],
+)
+def test_the_reserve_is_asked_where_evidence_is_all_that_is_missing(
+    tmp_path: Path, state: GateState, check: GateState, asked: bool
+) -> None:
+    run = started_run(tmp_path, **RESERVE)
+    topped_up(run, state, check)
+    publish_policy(run.round(1).stage("train"), trained_policy(1))
+    assert bool(top_up_of(run, 1, read_run_config(run))) is asked
+    assert ("grade_more" in planned_stages(run, 1)) is asked
+    if not asked:
+        with pytest.raises(InputError, match="needs no more_candidate"):
+            plan(run, 1, "more_candidate")
+
+
+def test_with_a_reserve_nothing_is_decided_before_the_first_look(tmp_path: Path) -> None:
+    run = started_run(tmp_path, **RESERVE)
+    begin_round(run, 1)
+    publish_policy(run.round(1).stage("train"), trained_policy(1))
+    with pytest.raises(InputError, match="look comes first"):
+        plan(run, 1, "gate")
+
+
+def test_nothing_is_promoted_over_a_gate_report_that_was_changed_afterwards(tmp_path: Path) -> None:
+    run = started_run(tmp_path)
+    played_round(run, 1, GateState.FAIL)
+    judged_round(run, 2, GateState.PASS)
+    run.round(1).gate_report.write_text(gate_report(1, GateState.PASS).model_dump_json())
+    with pytest.raises(CorruptArtifactError, match="cannot be promoted"):
+        finish_round(run, 2)
+    assert current_policy(run).round == 0

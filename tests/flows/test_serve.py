@@ -154,6 +154,37 @@ def test_a_link_that_leads_out_of_the_run_is_not_followed(tmp_path: Path) -> Non
         assert [ask(server, path).status for path in ("/", "/rounds/001/report/report.html", "/latest")] == [404, 404, 404]
 
 
+def test_a_link_to_another_file_of_the_run_is_not_followed_either(tmp_path: Path) -> None:
+    """report.html that led to run.json, and gate_report.json that led to the graded answers, were served."""
+    run = started_run(tmp_path / "run")
+    played_round(run, 1, GateState.PASS)
+    here = run.round(1)
+    grades = here.path / "grade" / "grades.jsonl"
+    grades.parent.mkdir()
+    grades.write_text("secret")
+    for file, target in ((here.report_page, run.config), (here.gate_report, grades), (run.index_page, run.config)):
+        file.unlink(missing_ok=True)
+        file.symlink_to(target)
+    run.round(2).path.symlink_to(here.path)
+    (here.stage("gate") / JUNIT).write_text("<testsuites/>")
+    with serving(run) as server:
+        for path in (
+            "/",
+            "/latest",
+            "/rounds/001/report/report.html",
+            "/rounds/001/gate/gate_report.json",
+            "/rounds/002/gate/junit.xml",
+        ):
+            assert ask(server, path).status == 404, path
+        assert ask(server, "/rounds/001/gate/junit.xml").status == 200
+
+
+def test_a_run_that_is_reached_by_a_link_is_served(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run.path)
+    with serving(RunDir(tmp_path / "link")) as server:
+        assert ask(server, "/rounds/001/report/report.html").status == 200
+
+
 def test_a_run_without_a_report_says_so(tmp_path: Path) -> None:
     with serving(started_run(tmp_path / "run")) as server:
         assert b"lists the rounds once one has ended" in ask(server, "/").body
@@ -192,9 +223,19 @@ def test_a_site_whose_name_was_made_to_point_here_is_refused(server: ReportServe
     port = server.server_port
     for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", "127.0.0.1:1", "127.0.0.1", "", "null"):
         reply = ask(server, "/", host=host)
-        assert (reply.status, reply.body) == (403, b"this server answers to its own address only\n")
-    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
+        assert (reply.status, reply.body) == (403, b"this server answers to its own address only, as it was given with --host\n")
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LocalHost:{port}", f"[::1]:{port}", f"[0:0:0:0:0:0:0:1]:{port}"):
         assert ask(server, "/", host=host).status == 200
+
+
+def test_a_request_with_two_hosts_is_refused(server: ReportServer) -> None:
+    """The first was believed; whatever stands in between may believe the second."""
+    ours, other = f"Host: 127.0.0.1:{server.server_port}", "Host: evil.example"
+    for lines in ((ours, other), (other, ours), (ours, ours)):
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+            connection.sendall("\r\n".join(("GET / HTTP/1.1", *lines, "Connection: close", "", "")).encode())
+            with connection.makefile("rb") as file:
+                assert b" 403 " in file.readline()
 
 
 def test_a_request_without_a_host_or_without_sense_is_refused(server: ReportServer) -> None:
@@ -207,10 +248,36 @@ def test_a_request_without_a_host_or_without_sense_is_refused(server: ReportServ
         assert b"<script>" not in reply
 
 
-def test_on_an_address_that_others_reach_any_name_is_answered(run: RunDir) -> None:
+def test_on_all_addresses_only_addresses_in_numbers_are_answered(run: RunDir) -> None:
+    """A name can be made to point here by somebody else (DNS rebinding); any name was answered."""
     with serving(run, "0.0.0.0") as server:
-        assert ask(server, "/", host="gpu-box.lan:8000").status == 200
-    assert [is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")] == [True] * 4
+        port = server.server_port
+        for host in (f"10.0.0.5:{port}", f"127.0.0.1:{port}", f"[fe80::1]:{port}", f"localhost:{port}", f"0.0.0.0:{port}"):
+            assert ask(server, "/", host=host).status == 200, host
+        for host in (f"gpu-box.lan:{port}", f"evil.example:{port}", "evil.example", "10.0.0.5:1", f"10.0.0.5.evil.example:{port}"):
+            assert ask(server, "/", host=host).status == 403, host
+
+
+def test_on_one_address_only_that_and_the_name_that_was_given_are_answered(run: RunDir) -> None:
+    with serving(run, "127.0.0.1") as server:
+        # As on a machine that is called so: this one may have no address but loopback.
+        server.host, server.server_address = "GPU-box.lan", ("10.0.0.5", server.server_port)
+        port = server.server_port
+        for host in (f"gpu-box.lan:{port}", f"GPU-BOX.LAN:{port}", f"10.0.0.5:{port}"):
+            assert server.knows([host]), host
+        for host in (
+            f"localhost:{port}",
+            f"127.0.0.1:{port}",
+            f"10.0.0.6:{port}",
+            f"evil.example:{port}",
+            f"gpu-box.lan.evil:{port}",
+        ):
+            assert not server.knows([host]), host
+        assert not server.knows([])
+
+
+def test_which_addresses_are_loopback() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost", "Localhost")] == [True] * 5
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "gpu-box")] == [False] * 4
 
 

@@ -41,10 +41,11 @@ def test_a_forced_export_is_told_in_the_export_in_its_card_and_in_the_run(run: R
     assert (made.gate_state, made.blessed_at) == (GateState.FAIL, None)
     card = ModelCard.load(tmp_path / "out" / "README.md").text.strip().splitlines()
     assert card[2].startswith("> **Warning: exported without the blessing of the safety gate.** Its gate said FAIL. ann forced")
-    first, second = recorded(run)
+    first, _, second, last = recorded(run)
     assert first["forced"] is None, "it was blessed, so nothing had to be forced"
     assert second["forced"] == FORCE.model_dump()
     assert (second["out"], second["rounds"], second["gate_state"]) == (str(tmp_path / "out"), [2], "FAIL")
+    assert (second["event"], last["event"], last["out"]) == ("begun", "done", second["out"])
     assert "Warning" not in (tmp_path / "good" / "README.md").read_text()
 
 
@@ -97,8 +98,11 @@ def test_the_card_of_any_round_is_printed_or_written(run: RunDir, tmp_path: Path
     assert "A person decided: **approve** by bob" in ModelCard.load(tmp_path / "CARD.md").text
     start = command("card", str(run.path), "0")
     assert ModelCard(start.stdout).data.library_name == "transformers"
-    for words in (("card", str(run.path), "9"), ("card", str(run.path), "1", "--out", str(tmp_path / "no" / "c.md"))):
-        assert command(*words).returncode == 2
+    before = run.config.read_bytes()
+    for words in (("9",), ("1", "--out", str(tmp_path / "no" / "c.md")), ("1", "--out", str(run.config))):
+        refused = command("card", str(run.path), *words)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert run.config.read_bytes() == before
 
 
 def test_an_export_that_is_killed_leaves_nothing_and_the_next_one_clears_up(run: RunDir, tmp_path: Path) -> None:

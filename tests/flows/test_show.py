@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from dpo_loop.artifacts import Stage, materialize, sha256_file
 from dpo_loop.layout import RunDir
 from dpo_loop.types import Comparison, GateReport, GateState, StageOutcome, VerdictKind
-from flows.show import broken_links, judge_table, run_json
+from flows.chain import broken_link, broken_links
+from flows.show import judge_table, rounds_table, run_json
 from flows.strengths import lines_of, strengths_of
+from flows.summary import row_of
+from flows.terms import rebase
 from tests.flows.runs import gate_report, played_round, publish, started_run
 
 
@@ -46,21 +50,65 @@ def test_live_figures_stand_beside_those_of_the_round_before(tmp_path: Path) -> 
     assert judge_table(run, 3) is None
 
 
-def test_reports_of_the_gate_are_chained_and_a_changed_one_is_told(tmp_path: Path) -> None:
-    run = started_run(tmp_path / "run")
+def chained(path: Path, num_rounds: int) -> RunDir:
+    run = started_run(path)
     sha256 = None
-    for number in (1, 2, 3):
+    for number in range(1, num_rounds + 1):
         report = gate_report(number, GateState.PASS).model_copy(update={"previous_report_sha256": sha256})
         publish(run.round(number).stage("gate"), {"gate_report.json": report.model_dump_json()})
         sha256 = sha256_file(run.round(number).gate_report)
+    return run
+
+
+def test_reports_of_the_gate_are_chained_and_a_changed_one_is_told(tmp_path: Path) -> None:
+    run = chained(tmp_path / "run", 3)
     assert broken_links(run) == []
-    publish(run.round(4).stage("gate"), {"gate_report.json": gate_report(4, GateState.PASS).model_dump_json()})
-    assert broken_links(run) == [], "an older dpo-loop did not chain them"
     changed = run.round(2).gate_report
     changed.chmod(0o644)
     changed.write_text(changed.read_text().replace("because it is PASS", "because I say so"))
     [told] = broken_links(run)
     assert "report of round 3 follows" in told
+    assert broken_link(run, 3) == told
+    assert [broken_link(run, number) for number in (0, 1, 2)] == [None] * 3
+
+
+def test_a_report_of_the_gate_that_was_taken_out_is_told(tmp_path: Path) -> None:
+    run = chained(tmp_path / "run", 4)
+    run.round(2).gate_report.unlink()
+    [told] = broken_links(run)
+    assert told.startswith("the gate report of round 3 follows report ")
+    assert "of round 2, and there is none: it was taken out" in told
+    shutil.rmtree(run.round(2).path)
+    assert broken_links(run) == [told]
+
+
+def test_a_report_of_the_gate_that_names_none_before_it_is_told_from_round_2_on(tmp_path: Path) -> None:
+    run = chained(tmp_path / "run", 1)
+    publish(run.round(2).stage("gate"), {"gate_report.json": gate_report(2, GateState.PASS).model_dump_json()})
+    [told] = broken_links(run)
+    assert told.startswith("the gate report of round 2 names no report of round 1")
+
+
+def test_the_last_report_cannot_be_taken_out_of_a_round_that_has_ended(tmp_path: Path) -> None:
+    run = started_run(tmp_path / "run")
+    played_round(run, 1, GateState.FAIL)
+    assert broken_links(run) == []
+    run.round(1).gate_report.unlink()
+    [told] = broken_links(run)
+    assert told.startswith("round 1 has ended, and its gate report is gone")
+
+
+def test_win_rates_against_a_moved_anchor_name_its_round(tmp_path: Path) -> None:
+    run = started_run(tmp_path / "run")
+    played_round(run, 1, GateState.PASS)
+    rebase(run, 1, reviewer="Ada", reason="released")
+    played_round(run, 2, GateState.PASS)
+    both = tuple(row_of(run, number) for number in (1, 2))
+    assert [row.anchor_round for row in both] == [0, 1]
+    table = rounds_table(run, both)
+    [cells] = [[str(cell) for cell in column.cells] for column in table.columns if column.header == "win vs anchor"]
+    assert cells == ["–", "– (round 1)"]
+    assert [row["anchor_round"] for row in json.loads(run_json(run))["rounds"]] == [0, 0, 1]
 
 
 def compared(run: RunDir, round_number: int, vs: str, wins: int, losses: int) -> list[Comparison]:

@@ -70,7 +70,7 @@ def test_only_a_promoted_policy_becomes_the_anchor(tmp_path: Path) -> None:
             rebase(run, number, reviewer="Ada", reason="why not")
     with pytest.raises(DecisionError, match="is the anchor already"):
         rebase(run, 0, reviewer="Ada", reason="again")
-    assert not run.anchor.exists()
+    assert not run.anchors.exists()
 
 
 def test_a_waiver_holds_for_the_rounds_it_names_and_no_longer(tmp_path: Path) -> None:

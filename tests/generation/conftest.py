@@ -94,7 +94,7 @@ def _log(world: World, part: str) -> str:
 def killed(world: World) -> int:
     """GENERATE killed with SIGKILL after its first shard was durable, ANSWER beside it. Returns how many shards had been finished."""
     victim, answer = _start(world, "victim"), _start(world, "answer")
-    journal = world.rounds / ".killed.scratch" / "shards.jsonl"
+    journal = world.rounds / ".killed.scratch" / "shards" / "shards.jsonl"
     try:
         while victim.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n")):
             time.sleep(0.005)

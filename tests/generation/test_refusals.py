@@ -190,8 +190,9 @@ class Serving:
 
     start_s = 0.0
 
-    def __init__(self, canary: Canary, *, share: float, noise: float) -> None:
-        self._canary, self._share, self._random, self._noise = canary, share, random.Random(0), noise
+    def __init__(self, canary: Canary, *, share: float, noise: float, bare: float = 0.0) -> None:
+        """bare: is added to what it says without the adapter."""
+        self._canary, self._share, self._random, self._noise, self._bare = canary, share, random.Random(0), noise, bare
 
     def sample(self, asks: object, sampling: object, *, stage: str) -> list[object]:
         raise AssertionError("something was generated")
@@ -201,7 +202,8 @@ class Serving:
         rows = []
         for s, ids in zip(self._canary.sequences, sequences, strict=True):
             assert ids == (*s.prompt_token_ids, *s.token_ids)
-            served = [b + share * (p - b) for p, b in zip(s.policy_logprobs, s.base_logprobs, strict=True)]
+            moved = 0.0 if with_adapter else self._bare
+            served = [b + share * (p - b) + moved for p, b in zip(s.policy_logprobs, s.base_logprobs, strict=True)]
             before = [math.nan] * (len(s.prompt_token_ids) - 1)
             rows.append(before + [x + self._random.gauss(0, self._noise) for x in served])
         return rows
@@ -248,6 +250,22 @@ def test_a_log_prob_that_is_not_a_number_does_not_pass() -> None:
     canary = _canary(0.5)
     with pytest.raises(CanaryError, match="nan nats"):
         check_canary(Serving(canary, share=1.0, noise=math.nan), canary, tolerance=1e9, max_tokens=64)
+
+
+@pytest.mark.parametrize("bare", [math.nan, math.inf, -math.inf])
+def test_an_effect_that_is_not_a_number_does_not_pass(bare: float) -> None:
+    """No comparison with NaN is true, so that `effect < 1/2` let it through; and an infinite noise hid it."""
+    canary = _canary(0.5)
+    with pytest.raises(CanaryError, match=r"log-probs that are no numbers.*adapter effect nan of 1"):
+        check_canary(Serving(canary, share=1.0, noise=0.0, bare=bare), canary, tolerance=0.05, max_tokens=64)
+
+
+def test_a_canary_file_whose_base_is_not_a_number_proves_nothing() -> None:
+    right = _canary(0.5)
+    broken = right.sequences[0].model_copy(update={"base_logprobs": (math.nan, *right.sequences[0].base_logprobs[1:])})
+    canary = right.model_copy(update={"sequences": (broken, *right.sequences[1:])})
+    with pytest.raises(CanaryError, match=r"or canary\.json holds them"):
+        check_canary(Serving(right, share=1.0, noise=0.0), canary, tolerance=0.05, max_tokens=64)
 
 
 def test_a_canary_longer_than_the_context_proves_nothing() -> None:

@@ -126,3 +126,51 @@ def test_the_command_says_what_a_round_will_cost_and_whether_the_caps_cover_it(t
     assert "budget.calls_per_run = 10 will probably stop the round." in done.output
     free = CliRunner().invoke(main, ["estimate", str(write_config(tmp_path / "d.yaml", raw_config(tmp_path / "run")))])
     assert free.output == "No remote judge: judging costs nothing.\n"
+
+
+def told_of(folder: Path, stub: Stub, **prompts: Any) -> tuple[dict[str, Any], str]:
+    """Of a pool of 1,000 tasks, a tenth of which evaluates, and the core set, which a judge grades for safety."""
+    (folder / "pool.jsonl").write_text("".join(json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(1_000)))
+    prices(folder)
+    judge = {"kind": "openai", "model": "judge", "api_key_env": KEY_ENV}
+    raw = raw_config(
+        folder / "run",
+        prompts={
+            "pool": {"kind": "jsonl", "path": str(folder / "pool.jsonl")},
+            "num_buckets": 9,
+            "eval_sets": [{"kind": "builtin", "set": "core-v1"}],
+            **prompts,
+        },
+        judge=judge,
+        judge_test={"enabled": False},
+        grading={"safety": {"kind": "judge", "judge": judge | {"model": "big"}}},
+        budget={"prices": str(folder / "prices.yaml")},
+    )
+    done = CliRunner().invoke(main, ["estimate", str(write_config(folder / "c.yaml", raw)), "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output.splitlines()[-1]), done.output
+
+
+def test_the_reserve_counts_at_most_and_is_answered_by_all_three_policies(tmp_path: Path, stub: Stub) -> None:
+    whole, silent = told_of(tmp_path, stub)
+    told, said = told_of(tmp_path, stub, eval_reserve=0.3)
+    _, wins, safety = told["rows"]
+    assert (wins["calls"], wins["calls_at_most"]) == (70 * 2 * 2, 100 * 2 * 2)
+    assert (safety["calls"], safety["calls_at_most"]) == (294 + 60, 294 + 3 * 126 + 60)
+    assert [row["calls"] for row in whole["rows"][1:]] == [100 * 2 * 2, 420 + 60]
+    assert told["usd"] < whole["usd"] < whole["usd_at_most"] < told["usd_at_most"]
+    assert "prompts.eval_reserve = 0.3: this share of the evaluation is asked only where" in said
+    assert "eval_reserve" not in silent.partition('{"rows"')[0]
+
+
+def test_sets_that_cannot_be_counted_are_named(tmp_path: Path, stub: Stub) -> None:
+    sets = [
+        {"kind": "external", "set": "xstest", "licence_ack": "CC-BY-4.0"},
+        {"kind": "datasets", "path": "org/own"},
+        {"kind": "builtin", "set": "core-v1"},
+        {"kind": "jsonl", "path": "world:benign.jsonl"},
+    ]
+    told, said = told_of(tmp_path, stub, eval_sets=sets)
+    assert told["not_counted"] == ["xstest", "org/own", "world:benign.jsonl"]
+    assert "not counted: the prompts of xstest, org/own, world:benign.jsonl" in said
+    assert "not counted" not in told_of(tmp_path, stub)[1].partition('{"rows"')[0]

@@ -128,17 +128,20 @@ CANNOT_BE_HAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "revision": (
         {"revision": B},
-        "the hub knows no such revision. Take a commit of https://huggingface.co/datasets/org/own/commits/main",
+        "the hub knows no such revision. Take a commit of https://huggingface.co/datasets/org/own/commits/main (in a new run)",
     ),
     "nowhere": ({"source": "org/nowhere"}, "the hub has no such data set, or none that the token in HF_TOKEN may see"),
-    "split": ({"split": "train"}, "Check the name, the split"),
+    "split": (
+        {"split": "train"},
+        "name another set or split (in a new run), or give a JSON lines file (`kind: jsonl`; in a new run).",
+    ),
     "column": (
         {"columns": {**COLUMNS, "prompt": "text", "category": "kind"}},
-        "has no column text, kind; it has prompt, label. Take another",
+        "has no column text, kind; it has prompt, label. Take another revision, or name its columns with `set: custom` (in a new run).",
     ),
     "side": (
         {"columns": {"side": {"field": "label", "values": {"safe": "benign"}}}},
-        "column label holds 'unsafe', which is neither harmful nor benign by its map (safe is benign)",
+        "column label holds 'unsafe', which is neither harmful nor benign by its map (safe is benign). Take another revision, or map it with `set: custom` (in a new run).",
     ),
     "empty": ({"source": "org/empty"}, "org/empty/test has no usable prompt; all 1 lines are bad"),
 }

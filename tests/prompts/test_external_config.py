@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from dpo_loop.artifacts import fingerprint
 from dpo_loop.config import ExternalPool, Pool, PromptsConfig
-from dpo_loop.errors import InputError
+from dpo_loop.errors import InputError, StaleArtifactError
 from dpo_loop.prompts.external import KNOWN, problems
 from dpo_loop.prompts.pool import read_pool
+from flows.rounds import adopt_config
+from flows.steps import read_run_config
+from tests.flows.runs import small_config, started_run
 from tests.prompts.read_pools import CUSTOM, known
 
 
@@ -70,3 +75,18 @@ def test_no_external_set_is_a_training_pool() -> None:
     for pool in (CUSTOM, ExternalPool.model_validate(CUSTOM)):
         with pytest.raises(ValidationError, match="an external set only evaluates and is never trained on"):
             PromptsConfig.model_validate({"pool": pool})
+
+
+def test_a_run_goes_on_without_a_set_as_the_error_advises(tmp_path: Path) -> None:
+    """`required` refuses and makes nothing, so a change of it makes nothing stale once the run has begun."""
+    pool = {"kind": "jsonl", "path": "world:pool.jsonl"}
+    run = started_run(tmp_path / "run", prompts={"pool": pool, "eval_sets": [known("xstest", required=True)]})
+    before = fingerprint(read_run_config(run))
+    adopt_config(run, small_config(run.path, prompts={"pool": pool, "eval_sets": [known("xstest", required=False)]}))
+    config = read_run_config(run)
+    [optional] = config.prompts.eval_sets
+    assert isinstance(optional, ExternalPool)
+    assert not optional.required
+    assert fingerprint(config) == before
+    with pytest.raises(StaleArtifactError, match=r"prompts.eval_sets"):
+        adopt_config(run, small_config(run.path, prompts={"pool": pool}))

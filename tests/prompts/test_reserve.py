@@ -62,7 +62,9 @@ def carved_whole(root: Path) -> list[Prompt]:
     config = CONFIG.model_copy(update={"eval_reserve": 0.0})
     inputs = {"config": config, "pool": root / "pool.jsonl", "eval_sets": (None, root / "more.jsonl"), "seed": 0}
     materialize(EVALSET, root / "evalset", **inputs)
-    with pytest.raises(InputError, match=r"no evaluation prompts in reserve: eval_reserve 0.0 .*Raise prompts.eval_reserve"):
+    with pytest.raises(
+        InputError, match=r"no evaluation prompts in reserve: eval_reserve 0.0 .*Raise prompts.eval_reserve \(in a new run\)"
+    ):
         materialize(RESERVE, root / "reserve", **inputs)
     return list(read_prompts(root / "evalset"))
 
@@ -92,7 +94,7 @@ def test_a_larger_reserve_holds_the_smaller_one(tmp_path: Path) -> None:
 
 
 def test_everything_in_reserve_leaves_nothing_to_evaluate(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"or all are in reserve.*lower prompts.eval_reserve"):
+    with pytest.raises(InputError, match=r"or all are in reserve.*lower prompts.eval_reserve \(in a new run\)"):
         carved(tmp_path, CONFIG.model_copy(update={"eval_reserve": 1.0}))
 
 

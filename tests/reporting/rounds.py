@@ -97,6 +97,9 @@ class Run:
     ) -> dict[str, Any]:
         """Publish a round's stages and its gate (round 0 has none); returns the inputs of the report stage."""
         rows = [self._row(prompt, policy, flaws[policy], churn, overrides or {}) for policy in flaws for prompt in self.prompts]
+        if number == 1:  # the previous policy is the anchor
+            others = [row for row in rows if row.policy != "previous"]
+            rows = [*others, *(row.model_copy(update={"policy": "previous"}) for row in others if row.policy == "anchor")]
         comparisons = self._comparisons(rows) if number else []
         grades = self._publish(
             number,

@@ -66,3 +66,14 @@ def test_on_paper_there_are_no_controls(played: Played, watched: Watched) -> Non
     for control in (".filters", "nav", ".labels >> nth=0", "#labels-download"):
         expect(page.locator(control)).to_be_hidden()
     expect(page.locator(CARD).first).to_be_visible()
+    expect(page.locator("#samples-count")).to_have_text("20 of 596 samples shown")
+
+
+def test_paper_is_white_whatever_the_screen(played: Played, browser: Browser) -> None:
+    watched = Watched(browser, scheme="dark")
+    page = watched.open(played.report(3))
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.locator(".banner").evaluate("box => getComputedStyle(box).backgroundColor") == "rgb(255, 255, 255)"
+    page.emulate_media(media="screen", color_scheme="dark")
+    assert page.locator(".banner").evaluate("box => getComputedStyle(box).backgroundColor") != "rgb(255, 255, 255)"
+    watched.context.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 from random import Random
 
@@ -18,6 +20,7 @@ from dpo_loop.reporting.samples import samples_of
 from dpo_loop.reporting.stage import REPORT
 from dpo_loop.types import FinishReason, Grade, GradeRow, Message, Prompt, Side
 from tests.reporting.browser import CARD, NEEDS_BROWSER, Watched
+from tests.reporting.cases import case, full_gate
 from tests.reporting.conftest import HOSTILE, Played
 from tests.reporting.rounds import Flaws, Run
 
@@ -46,7 +49,7 @@ def test_the_index_leads_to_every_report(played: Played, run_path: Path, browser
 def test_filters_and_search_narrow_the_samples(played: Played, watched: Watched) -> None:
     page = watched.open(played.report(3))
     page.locator("#filter-side").select_option("benign")
-    page.locator("#filter-change").select_option("worse")
+    page.locator("#filter-change").select_option("reworded")
     sides = page.locator(f"{CARD} .head .chip:nth-child(2)").all_text_contents()
     assert sides
     assert set(sides) == {"benign"}
@@ -76,6 +79,52 @@ def test_the_counts_of_the_banner_lead_to_their_samples(played: Played, watched:
     )
     expect(page.locator("#samples-count")).to_contain_text(f"of {number - sealed} samples")
     assert set(page.locator(f"{CARD} .head .chip:nth-child(2)").all_text_contents()) == {"harmful"}
+
+
+def test_a_count_of_the_banner_leads_there_again_and_back_clears_the_filters(played: Played, watched: Watched) -> None:
+    """A link that is followed twice changes no hash, so that the second time nothing happened."""
+    page = watched.open(played.report(2))
+    link, count = page.get_by_role("link", name="newly harmful"), page.locator("#samples-count")
+    link.click()
+    shown = count.inner_text()
+    assert "of 596" not in shown
+    page.locator("#filter-change").select_option("")
+    page.locator("#filter-side").select_option("")
+    expect(count).to_contain_text("of 596")
+    link.click()
+    expect(count).to_have_text(shown)
+    expect(page.locator("#filter-side")).to_have_value("harmful")
+    page.get_by_role("navigation").get_by_role("link", name="Checks").click()
+    expect(count).to_have_text(shown)
+    page.go_back()
+    expect(count).to_have_text(shown)
+    page.go_back()
+    expect(count).to_contain_text("of 596")
+    expect(page.locator("#filter-side")).to_have_value("")
+
+
+def test_without_a_script_no_tool_is_offered(played: Played, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(played.report(3).as_uri())
+    expect(page.locator(".filters")).to_be_hidden()
+    expect(page.locator(".tools")).to_be_hidden()
+    assert page.locator("noscript").count() == 1
+    context.close()
+
+
+def test_a_long_category_widens_neither_table_nor_filter(tmp_path: Path, browser: Browser) -> None:
+    cases = [case(Side.TASK, "++-", category="category_" * 30 + str(i), ask=str(i)) for i in range(2)]
+    data = RoundData(run_id="run_" * 60, run_dir="r", round=2, gate=full_gate(), cases=cases, samples=samples_of(cases))
+    (tmp_path / "report.html").write_text(render_report(data), encoding="utf-8")
+    watched = Watched(browser, width=390)
+    page = watched.open(tmp_path / "report.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for column in ("newly bad", "fixed"):
+        box = page.locator(".categories th", has_text=column).bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 390
+    watched.context.close()
 
 
 def test_the_keyboard_moves_searches_and_opens(played: Played, watched: Watched) -> None:
@@ -133,11 +182,32 @@ def test_labels_are_kept_and_download_as_a_file(played: Played, watched: Watched
     assert waiting.value.suggested_filename == "labels.json"
     file = json.loads(Path(waiting.value.path()).read_text())
     assert (file["run_id"], file["round"], len(file["gate_report_sha256"])) == ("demo", 3, 64)
+    assert "for their own records" in file["about"]
     first, second = sorted(file["labels"], key=lambda row: ids.index(row["prompt_id"]))
     assert (first["prompt_id"], first["label"]) == (ids[0], first["judged"])
     assert (second["prompt_id"], second["label"], second["policy"], second["side"]) == (ids[1], "refusal", "candidate", "harmful")
+    prompts = {prompt.id: prompt.text for prompt in played.run.prompts}
+    for row in file["labels"]:
+        assert row["prompt_sha256"] == hashlib.sha256(prompts[row["prompt_id"]].encode()).hexdigest()
+        assert row["response_sha256"] == hashlib.sha256(row["response"].encode()).hexdigest()
+        assert abs(datetime.fromisoformat(row["labelled_at"]).timestamp() - time.time()) < 60
     page.locator("#filter-mark").select_option("labelled")
     expect(cards).to_have_count(2)
+
+
+def test_a_label_of_a_redacted_answer_holds_nothing_of_it(tmp_path: Path, watched: Watched) -> None:
+    cases = [case(Side.HARMFUL, "rrc", texts=("no", "no", "a secret"))]
+    data = RoundData(
+        run_id="r", run_dir="r", round=2, gate=full_gate(), cases=cases, samples=samples_of(cases), answers_files=("r/g.jsonl",)
+    )
+    (tmp_path / "report.html").write_text(render_report(data), encoding="utf-8")
+    page = watched.open(tmp_path / "report.html")
+    expect(page.locator(".answer.candidate")).to_contain_text("redacted, 8 characters; read r/g.jsonl")
+    page.get_by_role("button", name="agree").click()
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Download 1 labels").click()
+    [row] = json.loads(Path(waiting.value.path()).read_text())["labels"]
+    assert set(row) == {"prompt_id", "prompt_sha256", "policy", "side", "category", "judged", "label", "labelled_at"}
 
 
 def test_the_word_diff_loses_no_word(played: Played, watched: Watched) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from dpo_loop.config import SigmoidLoss, TrainingConfig
-from dpo_loop.reporting.model_card import CardFacts, TrainedRound, code, markdown, render_card
+from dpo_loop.config import LoraShape, SftConfig, SigmoidLoss, TrainingConfig
+from dpo_loop.reporting.model_card import Base, CardFacts, Sft, TrainedRound, code, markdown, render_card, rule_of
 from dpo_loop.reporting.text import visible
 from dpo_loop.types import CheckResult, GateReport, GateState, HumanDecision, JudgeCanary, PolicyRef, PromptSet, RoundSummary
 
@@ -85,7 +85,7 @@ def facts(**changes: Any) -> CardFacts:
         "run_id": "demo",
         "round": 2,
         "what": "adapter",
-        "base": "org/base",
+        "base": Base(name="org/base", hub_id="org/base"),
         "policy": CANDIDATE,
         "licence": "apache-2.0",
         "blessed": True,
@@ -129,7 +129,8 @@ def test_the_body_says_lineage_training_verdict_checks_judges_sets_and_limits() 
         "learning rate 5e-06",
         "| 1 | 500 | 8 | 0.6931 | 0.61 | 75.0 % | – | – |",
         "**PASS**, decided at 2026-01-02",
-        "| harm-previous | harmful compliance no worse than previous | 210 | 2.4 % | 1.9 % | +0.5 | -1.1 to 2.3 | 5.0 | PASS |",
+        "| harm-previous | harmful compliance no worse than previous by more than 5.0 points | 210 | 2.4 % | 1.9 % | +0.5 | −1.1 to +2.3 | PASS |",
+        "each of its ends is a one-sided 95 % confidence limit",
         "| coverage | PASS | all prompts answered |",
         "58 of 60 known answers graded right",
         "preference judge: openai gpt-x",
@@ -157,10 +158,104 @@ def test_every_table_has_as_many_cells_in_a_row_as_in_its_head() -> None:
         assert "<td></td>" not in table
 
 
+def test_a_check_is_a_sentence_with_its_margin_and_one_sign_for_all_figures() -> None:
+    """It said "harmful compliance no worse than previous" and, apart from it, "5.0"; an interval had a hyphen where the change had a minus."""
+
+    def row(**changes: Any) -> str:
+        text = render_card(facts(gate=gate(checks=(check(id="x", **changes),)), alpha=0.025))
+        assert "a one-sided 97.5 % confidence limit" in text
+        [found] = [line for line in text.splitlines() if line.startswith("| x |")]
+        return found
+
+    alone = {"delta": None, "reference": None, "vs": None}
+    assert row(rule="ceiling", metric="degenerate_rate", margin=0.03, value=0.001, ci_low=0.0, ci_high=0.0033, **alone) == (
+        "| x | degenerate output stays below 3.0 % | 210 | 0.1 % | – | – | 0.0 to 0.3 % | PASS |"
+    )
+    assert "| win rate against previous stays above 45.0 % |" in row(
+        rule="floor", metric="win_rate", margin=0.45, delta=None, reference=None
+    )
+    assert "| pass rate no worse than anchor by more than 5.0 points | 210 | 2.4 % | 1.9 % | −7.2 | −9.0 to −1.0 |" in row(
+        metric="pass_rate", vs="anchor", delta=-0.072, ci_low=-0.09, ci_high=-0.01
+    )
+    ppl = {"metric": "perplexity", "task": "held-out", "value": 12.3456, "reference": 11.5, "delta": 0.031, "ci_high": 0.052}
+    assert (
+        "| perplexity of held-out no worse than previous by more than 5.0 % | 210 | 12.35 | 11.5 | +3.1 % | −1.1 to +5.2 % |"
+        in row(**ppl)
+    )
+    assert "| accuracy of sums no worse than previous by more than 5.0 points | 210 | 2.4 % |" in row(
+        metric="accuracy", task="sums"
+    )
+    assert "| 2.4 %, 3 of them partial | 1.9 % |" in row(num_partial=3)
+    assert "partial" not in row(num_partial=0)
+
+
+def test_every_rule_is_told() -> None:
+    vetoed = check(rule="veto", margin=1 / 210)
+    assert rule_of(vetoed) == "in no category a prompt with new harmful compliance against previous"
+    assert rule_of(check(rule="veto", margin=3 / 210)) == "in no category 3 prompts with new harmful compliance against previous"
+    wins = check(metric="win_rate", margin=0.1)
+    assert rule_of(wins) == "win rate no worse than an even match against previous by more than 10.0 points"
+    assert rule_of(check(metric="capability", task="sums")) == "capability of sums no worse than previous by more than 5.0"
+    assert rule_of(check(rule="new")) == "harmful compliance new against previous 5.0 %"
+
+
+def test_negative_figures_of_training_have_the_same_sign() -> None:
+    text = render_card(facts(trained=(TrainedRound(1, 5, {"steps": 8, "last_margin": -0.25, "last_kl": 1e-5}),)))
+    assert "| − |" not in text
+    assert "| −0.25 | 1e-05 |" in text
+
+
+def test_a_base_that_is_not_on_the_hub_is_in_no_metadata_and_the_card_says_how_to_load_it() -> None:
+    text = render_card(facts(base=Base(name="tiny", hub_id=None)))
+    assert "base_model" not in text
+    assert "A LoRA adapter for `tiny`, trained with iterative" in text
+    assert "`adapter_config.json` names the base by its path on the machine that made the export." in text
+    assert 'PeftModel.from_pretrained(base, "THIS_FOLDER")' in text
+    on_hub = render_card(facts())
+    assert "AutoPeftModelForCausalLM" in on_hub
+    assert "by its path" not in on_hub
+    assert "How to load" not in render_card(facts(what="merged"))
+    assert "base_model" not in render_card(facts(what="merged", base=Base(name="tiny", hub_id=None)))
+
+
+def test_an_adapter_on_what_sft_made_is_no_adapter_of_the_model_before_it() -> None:
+    sft = Sft(SftConfig(), 900, {"steps": 30, "first_loss": 2.5, "last_loss": 0.75})
+    base = Base(name="org/base", hub_id="org/base", is_fine_tuned=True)
+    text = render_card(facts(base=base, sft=sft))
+    assert "base_model" not in text
+    assert "A LoRA adapter for a model fine-tuned from `org/base` (SFT), trained with" in text
+    assert "That model is not shipped here" in text
+    assert "use `--what merged`" in text
+    assert "bring the run's `rounds/000/seed/model` along" in text
+    assert "- base: what round 0 made by SFT from `org/base`, revision" in text
+    merged = render_card(facts(base=base, sft=sft, what="merged"))
+    assert "A model, made from `org/base` by supervised fine-tuning (SFT) and then trained with iterative" in merged
+    assert ModelCard(merged).data.base_model == "org/base"
+    for each in (text, merged):
+        assert (
+            "Round 0: supervised fine-tuning (SFT) of all weights on 900 demonstrations; learning rate 0.0001, linear; 1 epoch, 64 examples a step; "
+            "loss from 2.5 to 0.75 in 30 steps." in each
+        )
+        assert "Then DPO on LoRA adapters" in each
+    assert "It was made by supervised fine-tuning (SFT)." in render_card(
+        facts(base=base, sft=sft, what="merged", round=0, gate=None)
+    )
+
+
+def test_sft_of_an_adapter_leaves_the_base_what_it_is() -> None:
+    text = render_card(facts(sft=Sft(SftConfig(lora=LoraShape(rank=4)), None, {})))
+    assert ModelCard(text).data.base_model == "org/base"
+    assert "A LoRA adapter for `org/base`, trained with" in text
+    assert (
+        "supervised fine-tuning (SFT) of a LoRA adapter of rank 4 on demonstrations; learning rate 0.0001, linear; 1 epoch" in text
+    )
+    assert "SFT" not in render_card(facts())
+
+
 def test_what_people_wrote_stays_text() -> None:
     decision = HumanDecision(decision="approve", reviewer=HOSTILE, reason=HOSTILE, report_sha256="e" * 64, decided_at="now")
     hostile = facts(
-        base=HOSTILE,
+        base=Base(name=HOSTILE, hub_id=HOSTILE),
         licence=HOSTILE,
         judge=HOSTILE,
         safety_judge=HOSTILE,
@@ -264,6 +359,13 @@ def test_pairs_have_no_results_of_a_model() -> None:
     text = render_card(facts(what="pairs", rounds_of_pairs=(1, 2), figures={"num_pairs": 900}))
     data = ModelCard(text).data
     assert (data.eval_results, data.base_model, data.library_name) == (None, None, None)
+    assert "This is the licence of the base model, which wrote the answers, and so is the field `license` above." in text
+    assert "by their source:\n\n- not recorded\n" in text
+    pool = PromptSet(source="org/prompts/train", revision="abc", licence="CC-BY-4.0", num_prompts=9)
+    told = render_card(facts(what="pairs", rounds_of_pairs=(1, 2), pool=pool))
+    assert "- org/prompts/train, revision abc: licence CC-BY-4.0\n" in told
+    assert "licence not recorded" in render_card(facts(what="pairs", pool=pool.model_copy(update={"licence": ""})))
+    assert "prompts have terms of their own" not in render_card(facts())
     assert "Preference pairs of rounds 1, 2 of run demo" in text
     assert "900 pairs." in text
 

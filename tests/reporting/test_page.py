@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from dpo_loop.artifacts import materialize
+from dpo_loop.artifacts import Stage, materialize
 from dpo_loop.evaluation.stage import GATE_INVALID
+from dpo_loop.files import write_jsonl
 from dpo_loop.reporting.page import RoundData, render_report
 from dpo_loop.reporting.samples import samples_of
 from dpo_loop.reporting.stage import REPORT
-from dpo_loop.types import GateState, PolicyRef, RoundSummary, Side
+from dpo_loop.types import GateState, PolicyRef, RoundSummary, Side, StageOutcome
 from tests.reporting.cases import case
 from tests.reporting.conftest import HOSTILE, Played
 from tests.reporting.rounds import SEALED, Flaws, Run
@@ -56,8 +58,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(next(text for attrs, text in self.raw if attrs.get("id") == "samples-data"))
+
+    @property
     def samples(self) -> list[dict[str, Any]]:
-        return json.loads(next(text for attrs, text in self.raw if attrs.get("id") == "samples-data"))["samples"]
+        return self.data["samples"]
 
 
 def attributes(page: Page, name: str) -> Iterator[str]:
@@ -109,7 +115,7 @@ def test_counts_rates_and_seconds_are_shown(played: Played) -> None:
     assert "Judging: 800 prompts" in text
     assert "pairs 512" in text
     assert "generate 1 min 01 s" in text
-    assert "win rate against anchor" in text
+    assert "win rate against previous" in text
     rates = played.run.history[1]
     assert f"pass rate {100 * rates.pass_rate:.1f} %" in text
 
@@ -118,7 +124,7 @@ def test_changed_samples_come_first_side_by_side(played: Played) -> None:
     samples = Page(played.pages[2]).samples
     assert len(samples) == 600 - 2 * len(SEALED)
     order = [sample["change"] for sample in samples]
-    assert order == sorted(order, key=["worse", "better", "reworded", "same"].index)
+    assert order == sorted(order, key=["worse", "worse_than_anchor", "better", "better_than_anchor", "reworded", "same"].index)
     assert (samples[0]["side"], samples[0]["change"]) == ("harmful", "worse")
     assert samples[0]["why"].startswith("newly harmful against previous")
     assert list(samples[0]["answers"]) == ["anchor", "previous", "candidate"]
@@ -234,7 +240,74 @@ def test_a_page_stays_below_three_megabytes_and_has_something_of_every_sample(tm
 
 def test_a_page_says_how_many_samples_it_left_out() -> None:
     cases = [case(Side.TASK, "+", texts=("word " * 100,), ask=str(i)) for i in range(9)]
-    samples = samples_of(cases, max_bytes=1_500)
+    samples = samples_of(cases, max_bytes=2_500)
     assert 0 < len(samples.shown) < 9
     html = render_report(RoundData(run_id="r", run_dir="r", round=0, cases=cases, samples=samples))
     assert f"{len(samples.shown)} of 9 fit into this page; all are in grades.jsonl" in Page(html).text
+    html = render_report(RoundData(run_id="r", run_dir="r", round=0, cases=cases, samples=samples, answers_files=("r/a", "r/b")))
+    assert "all are in r/a and r/b ." in Page(html).text
+
+
+def test_the_page_names_where_all_answers_are(played: Played) -> None:
+    where = os.path.relpath(played.inputs[2]["grades"])
+    where = str(played.inputs[2]["grades"]) if where.startswith("..") else where
+    page = Page(played.pages[2])
+    assert f"they are in {where}/grades.jsonl" in page.text
+    assert page.data["answers"] == f"{where}/grades.jsonl"
+
+
+def test_the_start_policy_has_categories_and_nothing_that_changed(played: Played) -> None:
+    text = Page(played.pages[0]).text
+    assert "What changed" not in text
+    assert "By category Share of answers that are not as asked. category not as asked prompts" in text
+    assert "newly bad" not in text
+    assert "category newly bad fixed candidate previous anchor prompts" in Page(played.pages[2]).text
+
+
+def test_a_round_whose_previous_policy_is_the_anchor_says_so_and_shows_it_once(played: Played) -> None:
+    first, second = Page(played.pages[1]), Page(played.pages[2])
+    told = "The previous policy of this round is the anchor (round 0), so the two are shown once."
+    assert told in first.text
+    assert told not in second.text
+    assert "category newly bad fixed candidate previous prompts" in first.text
+    assert "metric candidate previous pass rate" in first.text
+    assert "win rate against anchor" not in first.text
+    assert {tuple(sample["answers"]) for sample in first.samples} == {("previous", "candidate")}
+    assert {tuple(sample["answers"]) for sample in second.samples} == {("anchor", "previous", "candidate")}
+    assert not [sample for sample in first.samples if "anchor" in sample["why"]]
+
+
+def test_tools_are_hidden_where_no_script_runs(played: Played) -> None:
+    page = Page(played.pages[2])
+    hidden = {attrs.get("id") for _, attrs in page.elements if "hidden" in attrs}
+    assert {"samples-filters", "samples-tools"} <= hidden
+
+
+@pytest.mark.parametrize(
+    ("config", "titles"),
+    [
+        ({"nll_weight": 2.0}, ["Preference loss", "NLL of chosen"]),
+        ({"nll_weight": 0.0}, ["Preference loss"]),
+        ({}, ["Loss"]),
+        (None, ["Loss"]),
+    ],
+)
+def test_the_loss_that_is_drawn_is_the_one_that_its_note_is_about(
+    tmp_path: Path, config: dict[str, Any] | None, titles: list[str]
+) -> None:
+    """With an NLL term `loss` begins far above ln 2, under a note that says it begins there."""
+    weight = (config or {}).get("nll_weight", 0.5)
+    rows = [{"step": step, "loss": math.log(2) + weight * 0.4, "nll": 0.4} for step in (1, 2)]
+    train = tmp_path / "rounds" / "001" / "train"
+    train.parent.mkdir(parents=True)
+
+    def publish(out: Path, **_: Any) -> StageOutcome:
+        write_jsonl(out / "metrics.jsonl", rows)
+        return StageOutcome()
+
+    materialize(Stage("train", 1, publish), train, **({} if config is None else {"config": config}))
+    html = render(tmp_path, train=train)
+    charts = [attrs["aria-label"] or "" for tag, attrs in Page(html).elements if tag == "svg" and attrs.get("class") == "chart"]
+    assert [chart.split(" by ")[0] for chart in charts] == titles
+    assert (f"{titles[0]} by step. loss: 0.6931 at 1" in charts[0]) is (titles[0] == "Preference loss")
+    assert ("starts at ln 2" in html) is (titles[0] == "Preference loss")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -47,6 +48,38 @@ def test_the_interval_lies_beside_the_forbidden_ground_where_the_check_passes(
         assert 0 == ground[0] < ground[1] == limit < bar[0]
     if rule == "non_inferior":
         assert (limit > parts["zero"][0]) is forbidden_to_the_right
+
+
+def ticks(result: CheckResult) -> list[tuple[float, str]]:
+    return sorted(
+        (float(x), text)
+        for x, text in re.findall(r'<text class="tick[^"]*" x="([-\d.]+)"[^>]*>([^<]+)<', interval_of_check(result) or "")
+    )
+
+
+@pytest.mark.parametrize("metric", ["harmful_rate", "pass_rate"])
+@pytest.mark.parametrize(("low", "high"), [(-0.4, -0.3), (-0.01, 0.01), (0.3, 0.4), (-0.99, 0.99)])
+@pytest.mark.parametrize("margin", [0.0, 0.005, 0.05, 0.2])
+def test_zero_and_the_limit_are_always_told_and_no_figure_covers_another(
+    metric: str, low: float, high: float, margin: float
+) -> None:
+    found = ticks(check(metric, "non_inferior", estimate=(low + high) / 2, low=low, high=high, margin=margin))
+    limit = f"{'−' if metric == 'pass_rate' else '+'}{100 * margin:.1f}" if margin else "0.0"
+    assert {"0", limit} <= {text for _, text in found}
+    for (left, text), (right, other) in itertools.pairwise(found):
+        assert right - left >= 6 * (len(text) + len(other)) / 2
+    assert all(3 * len(text) <= x <= 240 - 3 * len(text) for x, text in found)
+
+
+def test_the_estimate_is_told_where_there_is_room() -> None:
+    def told(estimate: float) -> bool:
+        shown = ticks(
+            check("degenerate_rate", "ceiling", estimate=estimate, low=estimate - 0.001, high=estimate + 0.001, margin=0.03)
+        )
+        return f"{100 * estimate:.1f} %" in [text for _, text in shown]
+
+    assert told(0.002)
+    assert not told(0.0295)
 
 
 def test_what_was_not_measured_is_not_drawn() -> None:

@@ -65,8 +65,27 @@ def test_tasks_without_a_grader_are_in_no_table_of_grades() -> None:
 
 
 def test_changes_are_counted_by_side() -> None:
-    given = [case(Side.HARMFUL, "rrc"), case(Side.HARMFUL, "rrc"), case(Side.BENIGN, "crc"), case(Side.TASK, "+++")]
-    assert change_counts(given) == [("newly harmful", "harmful", "worse", 2), ("no longer over-refused", "benign", "better", 1)]
+    given = [
+        *(case(Side.HARMFUL, "rrc"), case(Side.HARMFUL, "rrc", tags={"sealed": "true"}), case(Side.BENIGN, "crc")),
+        *(case(Side.TASK, "+++"), case(Side.HARMFUL, "rcc"), case(Side.BENIGN, "rcc")),
+    ]
+    changes = change_counts(given)
+    assert changes.main == [("newly harmful", "harmful", "worse", 2), ("no longer over-refused", "benign", "better", 1)]
+    assert changes.small == [
+        ("harmful", "harmful", "worse_than_anchor", 1),
+        ("not over-refused", "benign", "better_than_anchor", 1),
+    ]
+    assert (changes.vs, changes.num_sealed) == ("previous", 1)
+    assert change_counts([case(Side.TASK, "+")]).vs == ""
+
+
+def test_a_hazard_is_named_however_its_code_is_written() -> None:
+    rows = category_rows([case(Side.HARMFUL, "r", category=name) for name in ("s4", "S04", "S4: child")])
+    assert {row.category: row.hazard for row in rows} == {
+        "s4": "child sexual exploitation",
+        "S04": "child sexual exploitation",
+        "S4: child": "",
+    }
 
 
 def test_lengths_leave_harmful_prompts_out() -> None:

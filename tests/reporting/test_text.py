@@ -16,11 +16,15 @@ def test_nothing_invisible_is_left_in_shown_text(text: str) -> None:
     assert not [
         char for char in shown if unicodedata.bidirectional(char) in {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
     ]
-    assert not [char for char in shown if unicodedata.category(char) == "Cc" and char not in "\n\t"]
+    assert not [char for char in shown if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Co", "Cn"} and char not in "\n\t"]
+    assert visible(shown) == shown
 
 
 def test_what_text_hides_is_named() -> None:
     assert visible("a\x00b\u202ec\u200bd") == "a␀b⟨U+202E⟩c⟨U+200B⟩d"
+    for hidden in "\xad\u034f\u115f\u1160\u17b4\u180e\u2800\u3164\ufe00\uffa0\ue000\U000e0041\U000e0100\U0010ffff\u0378":
+        assert visible(f"a{hidden}b") == f"a⟨U+{ord(hidden):04X}⟩b"
+    assert visible("❤\ufe0f 👨\u200d👩 a\ufe0f ❤\ufe0f\ufe0f") == "❤\ufe0f 👨⟨U+200D⟩👩 a⟨U+FE0F⟩ ❤\ufe0f⟨U+FE0F⟩"
     assert visible("one\r\ntwo\tthree – 你好 😀") == "one\ntwo\tthree – 你好 😀"
 
 

@@ -61,6 +61,30 @@ def test_tokenizer_and_chat_template_are_those_of_the_base_byte_by_byte(tmp_path
     assert not [text for text in texts if trained.base in text]
 
 
+def test_what_else_lies_beside_a_base_is_not_shipped(tmp_path: Path) -> None:
+    """Every *.json and *.txt of the base went along: notes, credentials, the logs of whoever trained it."""
+    model = build_model(tmp_path / "model")
+    for name in ("trainer_state.json", "credentials.json", "notes.txt", "other.model", "mail.jinja"):
+        (model / name).write_text("{}")
+    wanted = {"vocab.txt", "special_tokens_map.json", "additional_chat_templates/tools.jinja"}
+    (model / "additional_chat_templates").mkdir()
+    for name in wanted:
+        (model / name).write_text("{}")
+    merge(describe_policy(model), tmp_path / "out")
+    there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    made = {"config.json", "model.safetensors"}
+    assert there - made - wanted == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert made | wanted <= there
+
+
+def test_the_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path, base: PolicyRef) -> None:
+    """safetensors makes them 0600, and a server under another user could not load them."""
+    merge(base, tmp_path / "out")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    assert len(set(modes.values())) == 1
+
+
 def test_stored_in_bfloat16_what_the_cast_costs_is_told(tmp_path: Path, trained: PolicyRef) -> None:
     figures = merge(trained, tmp_path / "out", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}

@@ -15,31 +15,31 @@ from scipy.special import ndtr, ndtri
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 NUM_RESAMPLES = 2_000
+_FIGURES_AT_ONCE = 1_000_000
+"""Of resamples, in memory: 8 MB."""
 
 
 def bca_interval(
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float]] | Array,
     statistic: Callable[[Array], Array],
     *,
     alpha: float,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[float, float] | None:
-    """One-sided limits at 1 - alpha each, of a statistic of paired columns.
+    """One-sided limits at 1 - alpha each, of a statistic of the means of paired columns: a mean, a difference or a ratio of means.
 
-    values: one sequence per column, with an entry per prompt; all finite. statistic(samples_RCN) -> one figure for each of R samples of C
-    columns and N prompts. None where there is no interval: fewer than two prompts, no spread, or a figure that is not finite.
+    values: one sequence per column, with an entry per prompt; all finite. statistic(means_RC) -> one figure for each of R samples, from the means
+    of their C columns. None where there is no interval: fewer than two prompts, no spread, or a figure that is not finite. Time grows with
+    prompts times resamples, memory with prompts.
     """
     columns_CN = np.asarray(values, dtype=float)
     num = columns_CN.shape[1]
     if num < 2 or not np.isfinite(columns_CN).all():
         return None
-    rng = np.random.default_rng(seed)
-    observed = float(statistic(columns_CN[None])[0])
-    picked_RN = rng.integers(num, size=(num_resamples, num))
-    drawn_R = statistic(np.moveaxis(columns_CN[:, picked_RN], 0, 1))
-    left_out_NC = np.stack([np.delete(columns_CN, index, axis=1) for index in range(num)])
-    jackknife_N = statistic(left_out_NC)
+    observed = float(statistic(columns_CN.mean(axis=1)[None])[0])
+    drawn_R = statistic(_resampled_means(columns_CN, num_resamples, np.random.default_rng(seed)))
+    jackknife_N = statistic((columns_CN.sum(axis=1, keepdims=True) - columns_CN).T / (num - 1))
     if not (math.isfinite(observed) and np.isfinite(drawn_R).all() and np.isfinite(jackknife_N).all()) or np.ptp(drawn_R) == 0:
         return None
     below = (np.count_nonzero(drawn_R < observed) + 0.5 * np.count_nonzero(drawn_R == observed)) / num_resamples
@@ -58,16 +58,9 @@ def bca_interval(
     return (low, high) if low < high else None
 
 
-def mean(samples_RCN: Array) -> Array:
-    """Of the first column."""
-    return np.asarray(samples_RCN[:, 0].mean(axis=1))
-
-
-def mean_difference(samples_RCN: Array) -> Array:
-    """First column less the second."""
-    return np.asarray((samples_RCN[:, 0] - samples_RCN[:, 1]).mean(axis=1))
-
-
-def ratio_of_geometric_means(samples_RCN: Array) -> Array:
-    """Of positive figures such as perplexities: first column over the second."""
-    return np.asarray(np.exp((np.log(samples_RCN[:, 0]) - np.log(samples_RCN[:, 1])).mean(axis=1)))
+def _resampled_means(columns_CN: Array, num_resamples: int, rng: np.random.Generator) -> Array:
+    """means_RC"""
+    num_columns, num = columns_CN.shape
+    at_once = max(1, _FIGURES_AT_ONCE // (num_columns * num))
+    sizes = (min(at_once, num_resamples - begin) for begin in range(0, num_resamples, at_once))
+    return np.concatenate([columns_CN[:, rng.integers(num, size=(size, num))].mean(axis=2).T for size in sizes])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from pydantic import Field
 
 from dpo_loop.config import EngineConfig, ProducedTask
 from dpo_loop.errors import DpoLoopError
-from dpo_loop.files import read_json, write_text
+from dpo_loop.files import read_json, write_json, write_text
 from dpo_loop.generation.canary import check_canary, read_canary
 from dpo_loop.progress import say
 from dpo_loop.types import CapabilityRow, PolicyRef, Record, content_id
 
 
 class Request(Record):
-    """Paths are absolute. rows: file to write; problem: file for the message of a DpoLoopError, whose exit code the process ends with."""
+    """Paths are absolute. rows: file to write; problem: file for the message of a DpoLoopError, whose exit code the process ends with; proof: file
+    for the canary's figures, where the policy has a canary."""
 
     task: ProducedTask = Field(discriminator="kind")
     policy: PolicyRef
@@ -29,6 +31,7 @@ class Request(Record):
     seed: int
     rows: str
     problem: str
+    proof: str
 
 
 def answer_request(produce: Callable[[Request], list[CapabilityRow]]) -> None:
@@ -62,9 +65,9 @@ def policy_on(request: Request, base: Any) -> Any:
     canary = read_canary(request.policy)
     if canary is not None:
         longest = request.engine.max_model_len - 1
-        say(
-            f"canary passed: {check_canary(_Transformers(model), canary, tolerance=request.engine.canary_tolerance, max_tokens=longest)}"
-        )
+        figures = check_canary(_Transformers(model), canary, tolerance=request.engine.canary_tolerance, max_tokens=longest)
+        say(f"canary passed: {figures}")
+        write_json(Path(request.proof), asdict(figures))
     return model
 
 

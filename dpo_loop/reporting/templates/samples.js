@@ -6,6 +6,7 @@
   const filters = { side: at("filter-side"), change: at("filter-change"), category: at("filter-category"), mark: at("filter-mark") };
   const search = at("filter-text");
   const labels = labelStore(data);
+  for (const tools of [at("samples-filters"), at("samples-tools")]) tools.hidden = false;
   const PAGE = 20;
   let found = samples;
   let shown = 0;
@@ -26,7 +27,7 @@
   };
 
   const written = (text, runs, mark) => {
-    if (typeof text === "number") return element("div", "nothing", `redacted, ${text.toLocaleString("en")} characters; read grades.jsonl`);
+    if (typeof text === "number") return element("div", "nothing", `redacted, ${text.toLocaleString("en")} characters; read ${data.answers}`);
     const made = element("div", text.trim() ? "written" : "nothing", text.trim() && !runs ? text : "");
     if (!text.trim()) made.textContent = "(empty answer)";
     else if (runs) made.append(...runs.map(([same, words]) => same ? words : element(mark, "", words)));
@@ -158,6 +159,11 @@
 
   const decoded = (text) => { try { return decodeURIComponent(text); } catch { return text; } };
 
+  const clear = () => {
+    for (const filter of [...Object.values(filters), search]) filter.value = "";
+    showAgain(samples);
+  };
+
   // #p-<id> shows one sample; #samples?side=harmful&change=worse sets the filters.
   const follow = () => {
     if (location.hash.startsWith("#samples?")) {
@@ -171,10 +177,7 @@
     const id = decoded(location.hash.slice(3));
     const index = location.hash.startsWith("#p-") ? samples.findIndex((sample) => sample.id === id) : -1;
     if (index < 0) return;
-    if (found !== samples) {
-      for (const filter of [...Object.values(filters), search]) filter.value = "";
-      showAgain(samples);
-    }
+    if (found !== samples) clear();
     while (shown <= index) showMore();
     go(at("p-" + id));
   };
@@ -209,7 +212,21 @@
   for (const filter of [...Object.values(filters), search]) filter.addEventListener("input", apply);
   more.addEventListener("click", showMore);
   download.addEventListener("click", labels.download);
-  window.addEventListener("hashchange", follow);
+  // A link that is followed a second time changes no hash. Going back from one that set the filters clears them.
+  let byLink = false;
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("a[href^='#']");
+    if (!link || event.defaultPrevented || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+    const isHere = link.getAttribute("href") === location.hash;
+    if (isHere && location.hash.startsWith("#samples?")) follow();
+    byLink = !isHere;
+  });
+  window.addEventListener("hashchange", (event) => {
+    const isBack = !byLink && event.oldURL.includes("#samples?") && !location.hash.startsWith("#samples?");
+    byLink = false;
+    if (isBack) clear();
+    follow();
+  });
   showMore();
   showCount();
   follow();
