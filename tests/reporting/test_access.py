@@ -8,6 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
+from dpo_loop.layout import RunDir
 from dpo_loop.reporting.index import write_index
 from dpo_loop.reporting.page import RoundData, render_report
 from dpo_loop.reporting.samples import samples_of
@@ -58,6 +59,17 @@ def test_axe_finds_no_serious_issue(
     assert check_access(watched) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     watched.context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_pages_of_a_run_that_was_really_played_are_sound(whole_run: RunDir, browser: Browser, width: int) -> None:
+    for path in (*(here.report_page for here in whole_run.rounds()), whole_run.index_page):
+        watched = Watched(browser, width=width)
+        page = watched.open(path)
+        assert watched.strange() == []
+        assert check_access(watched) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        watched.context.close()
 
 
 def test_on_paper_there_are_no_controls(played: Played, watched: Watched) -> None:
