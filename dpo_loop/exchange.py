@@ -41,6 +41,8 @@ CONDITIONS = "conditions.json"
 MIN_EFFECT = 0.5
 """Of the adapter canary: an engine that shows less of an adapter's effect is closer to the bare base than to the policy."""
 CAPABILITY = "capability.jsonl"
+MIN_DOCUMENTS = 10
+"""Of a perplexity: limits over fewer say nothing, so the stage `capability` refuses such a file, and the gate such rows."""
 JUDGE_CANARY = "judge_canary.json"
 HEURISTIC = "heuristic"
 """What a keyword heuristic is called where graders are named."""

@@ -18,10 +18,9 @@ import numpy as np
 from dpo_loop.evaluation.statistics import mcnemar_p, tango_limit
 from dpo_loop.evaluation.statistics.bootstrap import Array, bca_interval
 from dpo_loop.evaluation.statistics.power import minimum_detectable_effect
+from dpo_loop.exchange import MIN_DOCUMENTS
 from dpo_loop.types import CapabilityRow
 
-MIN_DOCUMENTS = 10
-"""Limits over fewer say nothing; the stage `capability` refuses files with fewer."""
 _SAME_NATS = 1e-9
 """Per token: changes of all documents that lie so near to each other are one change, and so are all weighted means of them."""
 _EXPLODED_NATS = 700.0

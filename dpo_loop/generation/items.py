@@ -10,11 +10,10 @@ from typing import Annotated, Any, assert_never
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dpo_loop.config import ExactMatchTask, LocalTask, MultipleChoiceTask, PerplexityTask
+from dpo_loop.exchange import MIN_DOCUMENTS
 from dpo_loop.types import Message, Prompt, Record, content_id
 
 MAX_LISTED = 20
-MIN_DOCUMENTS = 10
-"""Of a perplexity: limits over fewer say nothing, and the gate takes none."""
 
 
 class Item(Record):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from dpo_loop.evaluation.capability import MIN_DOCUMENTS, CapabilityFigures, compare
-from dpo_loop.generation import items
+from dpo_loop.evaluation.capability import CapabilityFigures, compare
 from dpo_loop.types import CapabilityRow
 
 NAN, INF = float("nan"), float("inf")
@@ -156,10 +155,6 @@ def test_perplexities_that_cannot_be_compared_are_a_sentence_never_a_figure(
     found = nll(candidate, reference)
     assert isinstance(found, str)
     assert says in found
-
-
-def test_the_stage_refuses_as_few_documents_as_the_gate_does() -> None:
-    assert MIN_DOCUMENTS == items.MIN_DOCUMENTS
 
 
 def test_documents_of_other_lengths_are_not_compared() -> None:
