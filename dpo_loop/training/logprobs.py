@@ -11,22 +11,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpo_loop.training.sequences import TokenSequence
 
-class TokenSequence(NamedTuple):
-    """Token ids of a prompt, at least one, and of the completion that follows it, at least one."""
 
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+class TokenScores(NamedTuple):
+    """Of all completion tokens, sequence after sequence: fp32 [N], nats, at temperature 1."""
 
-    @property
-    def num_forwarded(self) -> int:
-        """Tokens that go through the model: the last one predicts nothing that is scored."""
-        return len(self.prompt) + len(self.completion) - 1
+    logps_N: Tensor
+    """log p(token | everything before it); differentiable."""
+    log_collisions_N: Tensor | None
+    """log of the sum over the vocabulary of p squared, without gradient; None where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The one way from sequences to log-probs: every loss, the reference and the canary go through it."""
+
+    model: Any
+    device: torch.device
+    packed: bool
+    """Whether prompts are shared and rows packed; else sequences are padded rows."""
+    reason: str
+    """Why so, for the metrics of the stage."""
+
+    def __call__(self, sequences: Sequence[TokenSequence], *, with_collisions: bool = False) -> TokenScores:
+        assert not with_collisions
+        return TokenScores(completion_logprobs(self.model, sequences, device=self.device), None)
+
+
+def build_scorer(model: Any, *, device: torch.device, forward: Literal["auto", "padded"]) -> Scorer:
+    """`auto` tries the packed forward and takes it if a probe finds that the model computes the same as in separate forwards."""
+    return Scorer(model, device, packed=False, reason=f"forward: {forward}")
 
 
 def completion_logprobs(model: Any, sequences: Sequence[TokenSequence], *, device: torch.device) -> Tensor:
@@ -46,13 +67,6 @@ def completion_logprobs(model: Any, sequences: Sequence[TokenSequence], *, devic
     with _head_sees_only(_head(model), rows_N):
         logits_NV: Tensor = model(input_ids=ids_BL.to(device), use_cache=False).logits[0].float()
     return logits_NV.gather(1, targets_N[:, None]).squeeze(1) - logits_NV.logsumexp(dim=1)
-
-
-def sum_by_sequence(values_N: Tensor, sequences: Sequence[TokenSequence]) -> Tensor:
-    """Sum per-token values over each completion: [N] -> [B]."""
-    lengths_B = torch.tensor([len(sequence.completion) for sequence in sequences])
-    owner_N = torch.repeat_interleave(torch.arange(len(sequences)), lengths_B).to(values_N.device)
-    return torch.zeros(len(sequences), dtype=values_N.dtype, device=values_N.device).index_add(0, owner_N, values_N)
 
 
 def _head(model: Any) -> torch.nn.Module:

@@ -19,8 +19,9 @@ from torch import Tensor
 from dpo_loop.errors import TrainingDivergedError
 from dpo_loop.progress import say
 from dpo_loop.training.batches import micro_batches
-from dpo_loop.training.logprobs import TokenSequence, completion_logprobs
+from dpo_loop.training.logprobs import completion_logprobs
 from dpo_loop.training.models import load_policy
+from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef, content_id
 
 PRODUCER_VERSION = 1

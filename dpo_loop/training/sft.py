@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.logprobs import TokenSequence, completion_logprobs
+from dpo_loop.training.logprobs import completion_logprobs
+from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import Message, Record, Tally
 
 

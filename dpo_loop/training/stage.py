@@ -14,7 +14,6 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.policies import adapter_sha256, describe_policy, write_policy
 from dpo_loop.progress import say
 from dpo_loop.training.canary import pick_sequences, write_canary
-from dpo_loop.training.dpo import DpoObjective, sequences_of
 from dpo_loop.training.fit import Plan, fit
 from dpo_loop.training.models import (
     add_adapter,
@@ -25,6 +24,7 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
+from dpo_loop.training.preferences import DpoObjective, sequences_of
 from dpo_loop.training.reference import reference_logprobs, tolerance
 from dpo_loop.types import PolicyRef, PreferencePair, StageOutcome, Tally
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_loop.training.batches import epoch_order, micro_batches, optimizer_steps
-from dpo_loop.training.dpo import DpoObjective, sequences_of
 from dpo_loop.training.models import build_accelerator, continue_adapter, load_base, set_training_mode, trainable_parameters
+from dpo_loop.training.preferences import DpoObjective, sequences_of
 from dpo_loop.training.reference import reference_logprobs
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs, training_config

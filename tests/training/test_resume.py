@@ -18,9 +18,9 @@ from dpo_loop.config import LoraShape
 from dpo_loop.errors import CorruptArtifactError, TrainingDivergedError
 from dpo_loop.exchange import METRICS
 from dpo_loop.training.checkpoints import KEPT, read_newest_checkpoint, write_checkpoint
-from dpo_loop.training.dpo import DpoObjective, sequences_of
 from dpo_loop.training.fit import Plan, fit
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
+from dpo_loop.training.preferences import DpoObjective, sequences_of
 from dpo_loop.training.reference import reference_logprobs
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs, stage_dir, train, training_config

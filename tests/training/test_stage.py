@@ -165,8 +165,8 @@ def test_a_reference_that_is_not_the_policy_aborts_at_the_first_step(tmp_path: P
     """T12: the reference was computed with the adapter off."""
     import torch
 
-    from dpo_loop.training.dpo import DpoObjective, sequences_of
     from dpo_loop.training.models import build_accelerator, load_policy
+    from dpo_loop.training.preferences import DpoObjective, sequences_of
     from dpo_loop.training.reference import reference_logprobs
 
     accelerator = build_accelerator("float32")

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_loop.training.dpo import DpoObjective, sequences_of
 from dpo_loop.training.models import build_accelerator, trainable_parameters
+from dpo_loop.training.preferences import DpoObjective, sequences_of
 from dpo_loop.training.reference import reference_logprobs
 from dpo_loop.types import PolicyRef, PreferencePair
 from tests.training.world import make_pair, make_pairs, training_config

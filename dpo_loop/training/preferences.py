@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dpo_loop.config import TrainingConfig
 from dpo_loop.errors import TrainingDivergedError
-from dpo_loop.training.logprobs import TokenSequence, completion_logprobs, sum_by_sequence
+from dpo_loop.training.logprobs import completion_logprobs
 from dpo_loop.training.losses import length_normalised_nll, sigmoid_loss
+from dpo_loop.training.sequences import TokenSequence, sum_by_sequence
 from dpo_loop.types import PreferencePair
 
 
