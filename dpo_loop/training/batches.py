@@ -8,8 +8,13 @@ size of the whole step, so the gradient does not depend on the cut (facts/traini
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+
+from dpo_loop.training.logprobs import Scorer
+from dpo_loop.training.packing import num_packed
+from dpo_loop.training.sequences import TokenSequence
 
 LAUNCH_COST_TOKENS = {"cpu": 64, "cuda": 1_024}
 """What one more micro-batch costs beyond its tokens, in tokens: if it saves less padding, a cut does not pay. On the CPU, with the
@@ -31,7 +36,64 @@ def optimizer_steps(num_examples: int, *, epochs: int, per_step: int, seed: int)
     return steps
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], *, max_tokens: int, device: str = "cpu") -> list[list[int]]:
+Cut = Callable[[Sequence[int], int], list[list[int]]]
+"""(examples of a step, most tokens of a micro-batch) -> micro-batches. One example more than that makes a micro-batch of its own."""
+
+
+def cut_for(scorer: Scorer, sequences_of: Callable[[int], Sequence[TokenSequence]]) -> Cut:
+    """How the examples of a step are cut for this scorer. sequences_of: what example i scores, a pair's chosen and rejected."""
+    if scorer.packed:
+        return partial(packed_micro_batches, sequences_of=sequences_of)
+    return partial(padded_micro_batches, sequences_of=sequences_of, device=scorer.device.type)
+
+
+def packed_micro_batches(
+    rows: Sequence[int], max_tokens: int, *, sequences_of: Callable[[int], Sequence[TokenSequence]]
+) -> list[list[int]]:
+    """Fill packed rows, longest example first, each into the fullest row that has room. Examples of one prompt come one after the other, since
+    a row holds their prompt once."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        by_prompt.setdefault(sequences_of(row)[0].prompt, []).append(row)
+    groups = [group for members in by_prompt.values() for group in _fitting(members, max_tokens, sequences_of)]
+    sized = sorted(((num_packed(_all(group, sequences_of)), group) for group in groups), key=lambda each: (-each[0], each[1]))
+    filled: list[tuple[int, list[int]]] = []
+    for size, group in sized:
+        room = [(num, index) for index, (num, _) in enumerate(filled) if num + size <= max_tokens]
+        if room:
+            num, index = max(room)
+            filled[index] = (num + size, filled[index][1] + group)
+        else:
+            filled.append((size, group))
+    return [members for _, members in filled]
+
+
+def _fitting(members: list[int], max_tokens: int, sequences_of: Callable[[int], Sequence[TokenSequence]]) -> Iterator[list[int]]:
+    """Examples of one prompt in groups that share a row."""
+    group: list[int] = []
+    for row in members:
+        if group and num_packed(_all([*group, row], sequences_of)) > max_tokens:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _all(rows: Sequence[int], sequences_of: Callable[[int], Sequence[TokenSequence]]) -> list[TokenSequence]:
+    return [sequence for row in rows for sequence in sequences_of(row)]
+
+
+def padded_micro_batches(
+    rows: Sequence[int], max_tokens: int, *, sequences_of: Callable[[int], Sequence[TokenSequence]], device: str
+) -> list[list[int]]:
+    """As `micro_batches`, for examples of the same number of sequences."""
+    lengths = {row: len(sequences_of(row)) * max(sequence.num_forwarded for sequence in sequences_of(row)) for row in rows}
+    return micro_batches(rows, lengths, max_tokens=max_tokens, device=device)
+
+
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int] | Mapping[int, int], *, max_tokens: int, device: str = "cpu"
+) -> list[list[int]]:
     """Cut `rows` into micro-batches of similar length with the least padding plus launch cost, longest first.
 
     lengths: tokens that example i puts through the model. A micro-batch holds at most max_tokens including padding, or one example.

@@ -1,0 +1,222 @@
+"""Attention over a packed row of trees (packing.py), under one name in transformers' attention interface.
+
+Every branch attends to its own trunk and to itself; nothing attends to another tree. Three ways compute it:
+- CPU: flash kernels over spans of the row, no copy of a key and no mask. A branch's attention to its trunk and to itself are two
+  calls, joined by their log-sum-exps (as blocks are in https://arxiv.org/abs/2205.14135); the gradient of each part needs only the
+  joined output and log-sum-exp.
+- CUDA: variable-length flash attention, queries a branch, keys its trunk and itself.
+- Anywhere, for what kernels do not know (attention soft-caps, sinks) and for sliding windows shorter than a sequence: segment by segment.
+
+Shapes: Q and K heads of queries and keys, T tokens of the row, D head size; S, L queries and keys of one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dpo_loop.training.packing import Span, TreeLayout
+
+NAME = "dpo_loop_tree"
+"""Of the implementation, for `model.set_attn_implementation`."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the interface's; a layout says more
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree_layout: TreeLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query: [1, Q, T, D], key and value: [1, K, T, D] -> [1, T, Q, D]. Raises ValueError without a layout of one row, or for dropout."""
+    if tree_layout is None or query.shape[0] != 1 or query.shape[2] != tree_layout.num_tokens:
+        raise ValueError("tree attention needs the tree_layout of the one packed row that it is given")
+    if dropout and module.training:
+        raise ValueError("tree attention has no attention dropout")
+    window = sliding_window if sliding_window is not None and sliding_window < tree_layout.longest else None
+    if softcap is not None or s_aux is not None:
+        pieces = [
+            _eager(*_segment(query, key, value, *segment), scaling, window, softcap, s_aux) for segment in tree_layout.segments
+        ]
+        return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, tree_layout, scaling, window), None
+    if query.device.type == "cpu" and window is None and query.shape[-1] == value.shape[-1]:
+        out_1QTD: Tensor = _SpanAttention.apply(query, key, value, tree_layout, scaling)  # type: ignore[no-untyped-call]
+        return out_1QTD.transpose(1, 2), None
+    pieces = [_masked(*_segment(query, key, value, *segment), scaling, window) for segment in tree_layout.segments]
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+# ------------------------------------------------------------------------------------------------------------------ CPU
+
+
+class _SpanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None) -> Tensor:
+        _, num_heads, num_tokens, size = query.shape
+        out = query.new_empty(1, num_tokens, num_heads, size).transpose(1, 2)
+        lse = query.new_empty(1, num_heads, num_tokens, dtype=torch.float32)
+        for queries, keys, causal, joins in _calls(layout):
+            part, part_lse = _flash(_at(query, queries), _at(key, keys), _at(value, keys), 0.0, causal, scale=scale)
+            part_lse = part_lse.to(torch.float32)
+            if joins:
+                before = lse[:, :, queries.start : queries.end]
+                joined = torch.logaddexp(before, part_lse)
+                held = _at(out, queries)
+                held.mul_((before - joined).exp().unsqueeze(-1)).addcmul_(
+                    part, (part_lse - joined).exp().unsqueeze(-1).to(part.dtype)
+                )
+                before.copy_(joined)
+            else:
+                _at(out, queries).copy_(part)
+                lse[:, :, queries.start : queries.end] = part_lse
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+        for queries, keys, causal, _ in _calls(ctx.layout):
+            grads = _flash_backward(
+                _at(grad_out, queries),
+                _at(query, queries),
+                _at(key, keys),
+                _at(value, keys),
+                _at(out, queries),
+                lse[:, :, queries.start : queries.end],
+                0.0,
+                causal,
+                scale=ctx.scale,
+            )
+            _at(grad_query, queries).add_(grads[0])
+            _at(grad_key, keys).add_(grads[1])
+            _at(grad_value, keys).add_(grads[2])
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _calls(layout: TreeLayout) -> list[tuple[Span, Span, bool, bool]]:
+    """(queries, keys, causal, joins what the queries got before)."""
+    calls = []
+    for tree in layout.trees:
+        calls.append((tree.stem, tree.stem, True, False))
+        calls += [(branch, branch, True, False) for branch in tree.branches[1:] if len(branch)]
+        if len(tree.others):
+            calls.append((tree.others, tree.prompt, False, True))
+    return calls
+
+
+def _at(tensor: Tensor, span: Span) -> Tensor:
+    return tensor[:, :, span.start : span.end]
+
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None, window: int | None) -> Tensor:
+    keys, starts_q, starts_k, longest_q, longest_k = varlen_tables(layout)
+    device = query.device
+    gathered = torch.tensor(keys, device=device)
+    out_TQD = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).index_select(0, gathered),
+        value[0].transpose(0, 1).index_select(0, gathered),
+        torch.tensor(starts_q, dtype=torch.int32, device=device),
+        torch.tensor(starts_k, dtype=torch.int32, device=device),
+        longest_q,
+        longest_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out_TQD, Tensor)
+    return out_TQD.unsqueeze(0)
+
+
+def varlen_tables(layout: TreeLayout) -> tuple[list[int], list[int], list[int], int, int]:
+    """(row positions of the keys, cumulative starts of queries, of keys, longest queries, longest keys); causal from the right end."""
+    positions: list[int] = []
+    starts_q, starts_k = [0], [0]
+    for queries, spans in layout.segments:
+        for span in spans:
+            positions += range(span.start, span.end)
+        starts_q.append(starts_q[-1] + len(queries))
+        starts_k.append(len(positions))
+    longest_q = max(end - start for start, end in pairwise(starts_q))
+    longest_k = max(end - start for start, end in pairwise(starts_k))
+    return positions, starts_q, starts_k, longest_q, longest_k
+
+
+# ------------------------------------------------------------------------------------------------------------- anywhere
+
+
+def _segment(query: Tensor, key: Tensor, value: Tensor, queries: Span, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, Q, S, D] and twice [1, Q, L, D]: heads of keys repeated for their groups of queries."""
+    groups = query.shape[1] // key.shape[1]
+    own = [torch.cat([_at(tensor, span) for span in spans], dim=2).repeat_interleave(groups, dim=1) for tensor in (key, value)]
+    return _at(query, queries), own[0], own[1]
+
+
+def _visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[S, L], true where a query sees a key: queries are the last positions of the keys."""
+    at_L = torch.arange(num_keys, device=device)
+    gap_SL = at_L[num_keys - num_queries :, None] - at_L[None]
+    return gap_SL >= 0 if window is None else (gap_SL >= 0) & (gap_SL < window)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if num_queries == num_keys and window is None:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    visible_SL = _visible(num_queries, num_keys, window, query.device)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=visible_SL, scale=scale)
+
+
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks_Q: Tensor | None,
+) -> Tensor:
+    """Gemma 2's soft-cap, gpt-oss' sinks: what transformers' eager attention computes."""
+    scores_1QSL = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores_1QSL = softcap * torch.tanh(scores_1QSL / softcap)
+    visible_SL = _visible(query.shape[2], key.shape[2], window, query.device)
+    scores_1QSL = scores_1QSL.masked_fill(~visible_SL, torch.finfo(scores_1QSL.dtype).min)
+    if sinks_Q is not None:
+        sinks_1QS1 = sinks_Q.to(scores_1QSL.dtype).view(1, -1, 1, 1).expand(1, -1, query.shape[2], 1)
+        scores_1QSL = torch.cat([scores_1QSL, sinks_1QS1], dim=-1)
+    weights_1QSL = scores_1QSL.softmax(dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return weights_1QSL @ value
