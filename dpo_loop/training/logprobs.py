@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_loop.training import lora_linear
 from dpo_loop.training.head import Head, token_logprobs
 from dpo_loop.training.packing import PackedRow, pack
 from dpo_loop.training.sequences import TokenSequence
@@ -66,11 +67,13 @@ class Scorer:
 
     @contextmanager
     def native(self) -> Iterator[None]:
-        """The model with the attention that it came with, for forwards that are none of ours."""
+        """The model as it came: its own attention and PEFT's own layers, for forwards that are none of ours."""
         set_attention(self.model, self.native_attention)
+        lora_linear.restore(self.model)
         try:
             yield
         finally:
+            lora_linear.speed_up(self.model)
             if self.packed:
                 set_attention(self.model, NAME)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dpo_loop.training import lora_linear
 from dpo_loop.training.head import head_of
 from dpo_loop.training.logprobs import Scorer, bare_model, completion_logprobs, set_attention
 from dpo_loop.training.sequences import TokenSequence
@@ -42,6 +43,7 @@ def build_scorer(
     sequences = _sequences(bare.config.get_text_config(), longest)
     with _undisturbed(model), torch.no_grad(), autocast():
         expected = [_expected(model, sequences, device, bare=off) for off in (False, True)]
+        lora_linear.speed_up(model)
         for scorer in (*packed, *padded):
             try:
                 set_attention(model, NAME if scorer.packed else native)
