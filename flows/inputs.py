@@ -96,6 +96,7 @@ def inputs_of(run: RunDir, round_number: int, name: str, config: RunConfig, inva
                 "policy": pinned_parent(run, round_number).policy,
                 "run_start": read_policy(first.stage("seed")),
                 "config": config.training,
+                "feedback": None if config.training.feedback is None else Path(config.training.feedback),
             }
         case "answer" | "answer_again":
             return {**_answering(config, evalset, candidate_of(run, round_number)), "again": name == "answer_again"}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_loop.config import CapabilityTask, JsonlPool, Pool, SftStart, Start
+from dpo_loop.config import CapabilityTask, JsonlPool, Pool, SftStart, Start, TrainingConfig
 from judges.config import (
     BySideGrader,
     Judge,
@@ -46,6 +46,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             "start": start.model_copy(update=changes),
             "prompts": prompts,
             "judge": _absolute_judge(config.judge),
+            "training": _absolute_training(config.training),
             "capability": config.capability.model_copy(
                 update={"tasks": tuple(_absolute_task(task) for task in config.capability.tasks)}
             ),
@@ -68,6 +69,11 @@ def _absolute_model(model: str) -> str:
 
 def _absolute_pool(pool: Pool) -> Pool:
     return pool.model_copy(update={"path": _absolute(pool.path)}) if isinstance(pool, JsonlPool) else pool
+
+
+def _absolute_training(training: TrainingConfig) -> TrainingConfig:
+    files = {"feedback": training.feedback, "accelerate_config": training.accelerate_config}
+    return training.model_copy(update={name: path and _absolute(path) for name, path in files.items()})
 
 
 def _absolute_task(task: CapabilityTask) -> CapabilityTask:

@@ -120,8 +120,6 @@ class KtoLoss(Settings):
     beta: float = Field(0.1, gt=0)
     desirable_weight: float = Field(1.0, gt=0)
     undesirable_weight: float = Field(1.0, gt=0)
-    feedback: str | None = None
-    """JSONL of {"messages": [...] ending with an assistant turn, "thumbs_up": true or false}, trained on beside the round's pairs."""
 
 
 ReferenceFreeLoss = SimpoLoss | OrpoLoss

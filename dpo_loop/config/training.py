@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dpo_loop.config.base import Fraction, Settings
 from dpo_loop.config.losses import Loss
@@ -80,12 +80,15 @@ class TrainingConfig(Settings):
             "micro_batch_tokens",
             "gradient_checkpointing",
             "forward",
+            "feedback",
             "trackers",
             "num_processes",
             "accelerate_config",
         }
     )
     loss: Loss
+    feedback: str | None = None
+    """Of kto: JSONL of {"messages": [...] ending with an assistant turn, "thumbs_up": true or false}, trained on beside the round's pairs."""
     nll_weight: float = Field(0.0, ge=0)
     """Weight of the length-normalised negative log-likelihood of chosen, per sequence (arXiv 2404.19733)."""
     lora: LoraShape = LoraShape()
@@ -115,6 +118,14 @@ class TrainingConfig(Settings):
     """A file of `accelerate config` for what num_processes cannot say: FSDP2, several machines."""
     checkpoint_every_steps: int = Field(50, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _feedback_is_of_kto(self) -> Self:
+        if self.feedback is not None and self.loss.kind != "kto":
+            raise ValueError(
+                f"feedback has no pairs, and only kto learns from that; loss.kind is {self.loss.kind}: leave feedback out, or take kto"
+            )
+        return self
 
 
 class SftConfig(Settings):

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +48,18 @@ class Tree:
         return Span(self.branches[0].end, self.branches[-1].end)
 
 
+class VarlenTables(NamedTuple):
+    """What variable-length kernels get: causal from the right end, one entry per segment."""
+
+    keys: Tensor
+    """Positions in the row, segment after segment: a trunk once for each of its branches."""
+    starts_q: Tensor
+    starts_k: Tensor
+    """Cumulative, int32, one more than there are segments."""
+    longest_q: int
+    longest_k: int
+
+
 @dataclass(frozen=True)
 class TreeLayout:
     trees: tuple[Tree, ...]
@@ -65,6 +79,16 @@ class TreeLayout:
             found += [(branch, (tree.prompt, branch)) for branch in tree.branches[1:] if len(branch)]
         return found
 
+    def tables(self, device: torch.device) -> VarlenTables:
+        """Made once for all layers."""
+        if device not in self._tables:
+            self._tables[device] = _varlen_tables(self.segments, device)
+        return self._tables[device]
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, VarlenTables]:
+        return {}
+
 
 @dataclass(frozen=True)
 class PackedRow:
@@ -83,6 +107,16 @@ class PackedRow:
         tensors = (self.ids_1T, self.positions_1T, self.scored_S, self.targets_S)
         ids_1T, positions_1T, scored_S, targets_S = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return PackedRow(ids_1T, positions_1T, self.layout, scored_S, targets_S, asked_N)
+
+
+def _varlen_tables(segments: Sequence[tuple[Span, Sequence[Span]]], device: torch.device) -> VarlenTables:
+    lengths_q = [len(queries) for queries, _ in segments]
+    lengths_k = [sum(map(len, spans)) for _, spans in segments]
+    starts_q, starts_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (lengths_q, lengths_k)
+    )
+    keys = torch.cat([torch.arange(span.start, span.end) for _, spans in segments for span in spans]).to(device)
+    return VarlenTables(keys, starts_q, starts_k, max(lengths_q), max(lengths_k))
 
 
 def num_packed(sequences: Sequence[TokenSequence]) -> int:

@@ -13,7 +13,6 @@ Shapes: Q and K heads of queries and keys, T tokens of the row, D head size; S, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +50,8 @@ def tree_attention(
         raise ValueError("tree attention needs the tree_layout of the one packed row that it is given")
     if dropout and module.training:
         raise ValueError("tree attention has no attention dropout")
+    if torch.is_autocast_enabled(query.device.type):  # not all of these kernels are on autocast's list
+        query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < tree_layout.longest else None
     if softcap is not None or s_aux is not None:
         pieces = [
@@ -142,37 +143,21 @@ def _at(tensor: Tensor, span: Span) -> Tensor:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None, window: int | None) -> Tensor:
-    keys, starts_q, starts_k, longest_q, longest_k = varlen_tables(layout)
-    device = query.device
-    gathered = torch.tensor(keys, device=device)
+    tables = layout.tables(query.device)
     out_TQD = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).index_select(0, gathered),
-        value[0].transpose(0, 1).index_select(0, gathered),
-        torch.tensor(starts_q, dtype=torch.int32, device=device),
-        torch.tensor(starts_k, dtype=torch.int32, device=device),
-        longest_q,
-        longest_k,
+        key[0].transpose(0, 1).index_select(0, tables.keys),
+        value[0].transpose(0, 1).index_select(0, tables.keys),
+        tables.starts_q,
+        tables.starts_k,
+        tables.longest_q,
+        tables.longest_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out_TQD, Tensor)
     return out_TQD.unsqueeze(0)
-
-
-def varlen_tables(layout: TreeLayout) -> tuple[list[int], list[int], list[int], int, int]:
-    """(row positions of the keys, cumulative starts of queries, of keys, longest queries, longest keys); causal from the right end."""
-    positions: list[int] = []
-    starts_q, starts_k = [0], [0]
-    for queries, spans in layout.segments:
-        for span in spans:
-            positions += range(span.start, span.end)
-        starts_q.append(starts_q[-1] + len(queries))
-        starts_k.append(len(positions))
-    longest_q = max(end - start for start, end in pairwise(starts_q))
-    longest_k = max(end - start for start, end in pairwise(starts_k))
-    return positions, starts_q, starts_k, longest_q, longest_k
 
 
 # ------------------------------------------------------------------------------------------------------------- anywhere

@@ -9,12 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_loop.training.batches import epoch_order, micro_batches, optimizer_steps
+from dpo_loop.config import SigmoidLoss
+from dpo_loop.training.batches import (
+    cut_for,
+    epoch_order,
+    micro_batches,
+    optimizer_steps,
+    packed_micro_batches,
+    padded_micro_batches,
+)
 from dpo_loop.training.models import build_accelerator, continue_adapter, load_base, set_training_mode, trainable_parameters
-from dpo_loop.training.preferences import DpoObjective, sequences_of
+from dpo_loop.training.packing import num_packed
+from dpo_loop.training.preferences import PairObjective, sequences_of
+from dpo_loop.training.probe import build_scorer
 from dpo_loop.training.reference import reference_logprobs
+from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef
-from tests.training.world import make_pairs, training_config
+from tests.training.world import make_pairs
 
 
 @given(num=st.integers(1, 200), epochs=st.integers(1, 3), per_step=st.integers(1, 70), seed=st.integers(0, 5))
@@ -45,40 +56,80 @@ def test_a_cut_is_made_where_it_saves_more_padding_than_it_costs() -> None:
     assert micro_batches(range(4), [10, 20, 10, 20], max_tokens=8192) == [[0, 2, 1, 3]]
 
 
+pair_ids = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple)
+
+
+@given(
+    pairs=st.lists(st.tuples(pair_ids, pair_ids, pair_ids), min_size=1, max_size=12),
+    budget=st.integers(1, 40),
+    packed=st.booleans(),
+)
+@settings(deadline=None)
+def test_micro_batches_of_pairs_hold_each_pair_once_within_the_budget(
+    pairs: list[tuple[tuple[int, ...], ...]], budget: int, packed: bool
+) -> None:
+    def sequences(row: int) -> list[TokenSequence]:
+        prompt, chosen, rejected = pairs[row]
+        return [TokenSequence(prompt, chosen), TokenSequence(prompt, rejected)]
+
+    rows = range(len(pairs))
+    if packed:
+        cut = packed_micro_batches(rows, budget, sequences_of=sequences)
+        sizes = [num_packed([each for row in batch for each in sequences(row)]) for batch in cut]
+    else:
+        cut = padded_micro_batches(rows, budget, sequences_of=sequences, device="cpu")
+        sizes = [2 * len(batch) * max(each.num_forwarded for row in batch for each in sequences(row)) for batch in cut]
+    assert sorted(row for batch in cut for row in batch) == list(rows)
+    assert all(len(batch) == 1 or size <= budget for batch, size in zip(cut, sizes, strict=True))
+
+
+def test_pairs_of_one_prompt_share_a_row() -> None:
+    prompts = {0: 1, 1: 2, 2: 1, 3: 2}
+
+    def sequences(row: int) -> list[TokenSequence]:
+        return [TokenSequence((prompts[row],) * 50, (9, row)), TokenSequence((prompts[row],) * 50, (8, row))]
+
+    assert sorted(map(sorted, packed_micro_batches(range(4), 60, sequences_of=sequences))) == [[0, 2], [1, 3]]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Thirteen ragged pairs whose policy is away from their reference."""
 
-    objective: DpoObjective
-    lengths: list[int]
+    objective: PairObjective
+
+    def sequences(self, row: int) -> list[TokenSequence]:
+        return [self.objective.chosen[row], self.objective.rejected[row]]
 
     def gradient(self, cut: list[list[int]]) -> torch.Tensor:
         """Of the mean loss, from micro-batches."""
-        parameters = trainable_parameters(self.objective.model, adapter_only=True).values()
+        parameters = trainable_parameters(self.objective.scorer.model, adapter_only=True).values()
         for parameter in parameters:
             parameter.grad = None
         for rows in cut:
-            (self.objective.sums(rows)["loss"] / self.objective.size(range(13))).backward()
+            (self.objective.sums(rows, estimates={})["loss"] / self.objective.size(range(13))).backward()
         return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
-@pytest.fixture
-def problem(base: PolicyRef, adapted: PolicyRef, tmp_path: Path) -> Problem:
+@pytest.fixture(params=["auto", "padded"])
+def problem(request: pytest.FixtureRequest, base: PolicyRef, adapted: PolicyRef, tmp_path: Path) -> Problem:
     accelerator = build_accelerator("float32")
     chosen, rejected = sequences_of(make_pairs(13, seed=4))
     values = reference_logprobs(base, [*chosen, *rejected], accelerator=accelerator, keep=tmp_path, max_tokens=400)
     bare = load_base(base.base, accelerator=accelerator, frozen=True)
-    objective = DpoObjective(
-        continue_adapter(bare, Path(adapted.adapter), dropout=0.0),
-        chosen,
-        rejected,
-        chosen_reference=values[:13],
-        rejected_reference=values[13:],
-        config=training_config(nll_weight=0.2),
-        device=torch.device("cpu"),
-        start_tolerance=None,
+    model = continue_adapter(bare, Path(adapted.adapter), dropout=0.0)
+    return Problem(
+        PairObjective(
+            build_scorer(model, device=torch.device("cpu"), forward=request.param),
+            chosen,
+            rejected,
+            chosen_reference=values[:13],
+            rejected_reference=values[13:],
+            loss=SigmoidLoss(kind="sigmoid"),
+            nll_weight=0.2,
+            start_tolerance=None,
+        )
     )
-    return Problem(objective, [2 * max(c.num_forwarded, r.num_forwarded) for c, r in zip(chosen, rejected, strict=True)])
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -88,14 +139,14 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_the_gradient_does_not_depend_on_the_micro_batches(problem: Problem) -> None:
     whole = problem.gradient([list(range(13))])
     assert whole.norm() > 0.01
-    ragged = micro_batches(range(13), problem.lengths, max_tokens=100)
+    ragged = cut_for(problem.objective.scorer, problem.sequences)(range(13), 60)
     assert len(ragged) > 4
     for cut in ([[row] for row in range(13)], ragged, [list(range(12)), [12]]):
         assert relative(problem.gradient(cut), whole) < 2e-5
 
 
 def test_gradient_checkpointing_computes_layers_twice_and_leaves_the_gradient(problem: Problem) -> None:
-    model, cut = problem.objective.model, [list(range(13))]
+    model, cut = problem.objective.scorer.model, [list(range(13))]
     set_training_mode(model, gradient_checkpointing=False)
     plain = problem.gradient(cut)
     num_calls = Counter[str]()
