@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,31 @@ from dpo_loop.artifacts import fingerprint, sha256_file
 from dpo_loop.errors import CorruptArtifactError, PolicyError
 from dpo_loop.files import read_json, write_json
 from dpo_loop.types import Blessing, PolicyRef, canonical_json
+from dpo_loop.weights import adapter_weight_problems, base_weight_problems
 
 POLICY_FILE = "policy.json"
 ADAPTER_ORIGIN = "dpo_loop.json"
 """Beside an adapter's weights: {"base_sha256": ...}, the base it was trained on."""
 _PATH_FIELDS = ("base", "adapter", "canary")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways to start an adapter that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ … change its weights whenever PEFT loads the adapter."""
+_NOT_CONTINUED = {
+    "bias": "trains biases of the base",
+    "lora_bias": "has biases of its own",
+    "modules_to_save": "holds whole modules (often the head or the embeddings)",
+    "trainable_token_indices": "holds trained embeddings of some tokens",
+    "rank_pattern": "has another rank in some modules",
+    "target_parameters": "adapts fused parameters (experts), not linear layers",
+    "layer_replication": "repeats layers of the base",
+    "alora_invocation_tokens": "is an activated LoRA",
+    "use_qalora": "is a QALoRA",
+    "use_bdlora": "is a block-diagonal LoRA",
+    "arrow_config": "is an Arrow router",
+    "kasa_config": "is a KaSA adapter",
+    "monteclora_config": "is a MonteCLoRA adapter",
+    "velora_config": "is a VeLoRA adapter",
+}
+"""Keys of an adapter's config whose use means that it is more than LoRA on linear layers, which is all that training and engines share."""
 
 
 def describe_policy(
@@ -53,7 +74,7 @@ def model_problems(base: Path) -> list[str]:
         problems.append(f"{base / 'config.json'} is missing; save the model with `save_pretrained`")
     for name in ("config.json", "tokenizer_config.json"):
         problems += _unreadable(base / name)
-    problems += _weight_problems(base)
+    problems += _weight_problems(base) or base_weight_problems(base, _config_of(base))
     if not any((base / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         problems.append(f"{base} has no tokenizer; save it into the same directory with `tokenizer.save_pretrained`")
     elif not _has_chat_template(base):
@@ -62,6 +83,11 @@ def model_problems(base: Path) -> list[str]:
             "tuned models: set `tokenizer.chat_template` and save it again"
         )
     return problems
+
+
+def _config_of(base: Path) -> dict[str, Any]:
+    path = base / "config.json"
+    return _json_object(path) if path.is_file() and not _unreadable(path) else {}
 
 
 def _weight_problems(base: Path) -> list[str]:
@@ -122,6 +148,7 @@ def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = Non
     """What keeps a PEFT adapter from being used on `base`; empty when nothing does.
 
     base_sha256: of the base where it is known already; else a directory is hashed, and a hub id cannot be compared.
+    max_rank: of the engine that is to serve it; None where none is.
     """
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (adapter / name).is_file()]
     if missing:
@@ -132,7 +159,8 @@ def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = Non
     config = _json_object(adapter / "adapter_config.json")
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"{adapter} is a {config.get('peft_type')} adapter; only LORA adapters can be trained on and served")
+        return [f"{adapter} is a {config.get('peft_type')} adapter; only LORA adapters can be trained on and served"]
+    problems += [*_feature_problems(adapter, config), *adapter_weight_problems(adapter / "adapter_model.safetensors", config)]
     made_for, here = config.get("base_model_name_or_path"), base_sha256
     if here is None and base.is_dir():
         here = fingerprint(base)["sha256"]
@@ -147,7 +175,27 @@ def adapter_problems(adapter: Path, base: Path, *, base_sha256: str | None = Non
         problems.append(
             f"{adapter} has rank {config['r']}, above the engine's max_lora_rank {max_rank}; raise generation.engine.max_lora_rank"
         )
+    if max_rank is not None and config.get("use_dora"):
+        problems.append(
+            f"{adapter} is a DoRA adapter, which vLLM does not serve; merge it into its base (`merge_and_unload`, in float32) and give the "
+            "merged model instead"
+        )
     return problems
+
+
+def _feature_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
+    init = config.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        yield (
+            f"{adapter} was started by init_lora_weights = {init!r}, which changes the base when the adapter is loaded; convert it with PEFT's "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
+        )
+    for name, means in _NOT_CONTINUED.items():
+        if config.get(name) not in (None, False, "none", [], {}):
+            yield (
+                f"{adapter} {means}: adapter_config.json has {name} = {config[name]!r}; only LoRA on linear layers can be continued and "
+                "served. Merge it into its base and give that as the model"
+            )
 
 
 # -------------------------------------------------------------------------------------------------- on disk, relative

@@ -120,19 +120,35 @@ def _play(path: Path, overrides: tuple[str, ...], skip_bad: bool, as_json: bool,
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_config_options
-def estimate(config: Path, overrides: tuple[str, ...], skip_bad_prompts: bool, as_json: bool) -> None:  # noqa: ARG001 - options of all configs
-    """What the judging of one round of CONFIG will cost; nothing is asked."""
+@click.option(
+    "--memory-gib", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Would training fit a GPU of this size?"
+)
+def estimate(
+    config: Path,
+    overrides: tuple[str, ...],
+    skip_bad_prompts: bool,  # noqa: ARG001 - an option of all configs
+    as_json: bool,
+    memory_gib: float | None,
+) -> None:
+    """What the judging of one round of CONFIG will cost, and the memory that its training takes; nothing is asked."""
     from rich.console import Console
 
+    from flows import training_memory
     from flows.config import load_config
     from flows.estimate import lines_of, rows_of, table_of, told_of
 
     loaded = load_config(config, overrides)
     rows = rows_of(loaded)
-    told = told_of(rows, loaded)
+    planned = training_memory.plan_of(loaded, memory_gib=memory_gib)
+    told = told_of(rows, loaded) | {"training": training_memory.told_of(planned)}
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if rows:
-        Console(width=None if sys.stdout.isatty() else 160).print(table_of(rows, told))
+        console.print(table_of(rows, told))
     for line in lines_of(rows, told):
+        click.echo(line)
+    if planned.plan is not None:
+        console.print(training_memory.table_of(planned.plan, planned.place))
+    for line in training_memory.lines_of(planned):
         click.echo(line)
     if as_json:
         click.echo(json.dumps(told))

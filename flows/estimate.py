@@ -1,4 +1,4 @@
-"""`dpo-loop estimate CONFIG`: what the judging of one round will cost, from the config and the files that it names."""
+"""`dpo-loop estimate CONFIG`: what the judging of one round will cost, from the config and the files that it names. Its memory: training_memory.py."""
 
 from __future__ import annotations
 

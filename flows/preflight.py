@@ -20,6 +20,7 @@ from dpo_loop.generation.producers.start import producer_problems
 from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from dpo_loop.prompts.external import problems as external_problems
+from flows.adapter_checks import adapter_config_problems
 from flows.config import RunConfig, read_raw, schema_problems
 from flows.gate_checks import gate_problems
 from flows.judge_checks import judge_problems
@@ -52,6 +53,7 @@ def preflight(config: RunConfig) -> list[str]:
         *_start_problems(config),
         *_pool_problems(config),
         *_engine_problems(config),
+        *adapter_config_problems(config),
         *judge_problems(config),
         *gate_problems(config),
         *_capability_problems(config),
@@ -86,8 +88,6 @@ def _start_problems(config: RunConfig) -> Iterator[str]:
     match start:
         case SftStart():
             yield from _file_problems(config, "start.demonstrations", start.demonstrations)
-            if start.sft.lora is not None:
-                yield from _rank_problems(config, "start.sft.lora.rank", start.sft.lora.rank)
         case ModelStart(adapter=str(adapter)):
             known_base = not start.model.startswith(WORLD_PREFIX) and not is_hub_id(start.model)
             limit = config.generation.engine.max_lora_rank
@@ -143,7 +143,6 @@ def _world_problems(config: RunConfig, name: str, path: str) -> Iterator[str]:
 
 def _engine_problems(config: RunConfig) -> Iterator[str]:
     engine = config.generation.engine
-    yield from _rank_problems(config, "training.lora.rank", config.training.lora.rank)
     for name, num_tokens in (
         ("generation.max_new_tokens", config.generation.max_new_tokens),
         ("answering.max_new_tokens", config.answering.max_new_tokens),
@@ -153,12 +152,6 @@ def _engine_problems(config: RunConfig) -> Iterator[str]:
                 f"{name}: {num_tokens} leaves no room for a prompt in a context of {engine.max_model_len} tokens; lower it or raise "
                 "generation.engine.max_model_len"
             )
-
-
-def _rank_problems(config: RunConfig, name: str, rank: int) -> Iterator[str]:
-    limit = config.generation.engine.max_lora_rank
-    if rank > limit:
-        yield f"{name}: {rank} is above the engine's limit {limit}; raise generation.engine.max_lora_rank or lower the rank"
 
 
 def _capability_problems(config: RunConfig) -> Iterator[str]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -50,8 +55,8 @@ def build_model(out: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, 
     return out
 
 
-def build_adapter(out: Path, base: Path, *, seed: int = 1, rank: int = 8, scale: float = 0.3) -> Path:
-    """A LoRA adapter over all linear layers whose B is not zero, so that it changes what the model says."""
+def build_adapter(out: Path, base: Path, *, seed: int = 1, rank: int = 8, scale: float = 0.3, **shape: Any) -> Path:
+    """A LoRA adapter over all linear layers whose B is not zero, so that it changes what the model says. shape: of PEFT's LoraConfig."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -59,7 +64,7 @@ def build_adapter(out: Path, base: Path, *, seed: int = 1, rank: int = 8, scale:
     torch.manual_seed(seed)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | shape),
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,3 +72,17 @@ def build_adapter(out: Path, base: Path, *, seed: int = 1, rank: int = 8, scale:
                 parameter.normal_(std=scale)
     model.save_pretrained(out)
     return out
+
+
+_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "F8_E4M3": 1}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
+    """A safetensors file of zeros; tensors: name to type and shape."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + _SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from dpo_loop.policies import (
     write_policy,
 )
 from dpo_loop.types import Blessing
+from tests.builders import write_safetensors
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
@@ -29,9 +33,9 @@ def model(tmp_path: Path) -> Path:
     """The files of a model directory; nothing here loads weights."""
     base = tmp_path / "model"
     base.mkdir()
+    write_safetensors(base / "model.safetensors", {"model.embed_tokens.weight": ("BF16", (4, 2))})
     for name, text in {
         "config.json": "{}",
-        "model.safetensors": "weights",
         "tokenizer.json": "{}",
         "tokenizer_config.json": "{}",
         "chat_template.jinja": "{{ messages }}",
@@ -45,7 +49,8 @@ def lora(path: Path, *, base: str = "model", rank: int = 8, **fields: object) ->
     (path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": rank, "base_model_name_or_path": base} | fields)
     )
-    (path / "adapter_model.safetensors").write_text("adapter")
+    halves = {f"{Q_PROJ}.lora_A.weight": ("F32", (rank, 2)), f"{Q_PROJ}.lora_B.weight": ("F32", (2, rank))}
+    write_safetensors(path / "adapter_model.safetensors", halves)
     return path
 
 
@@ -72,7 +77,7 @@ def test_each_missing_part_of_a_model_is_named(model: Path, gone: str, said: str
 def test_a_missing_weight_shard_is_named(model: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "model-1.safetensors").write_text("half")
+    write_safetensors(model / "model-1.safetensors", {"a": ("F32", (1,))})
     assert [problem for problem in model_problems(model) if "model-2.safetensors is missing" in problem]
 
 
@@ -139,6 +144,115 @@ def test_a_rank_above_the_engines_and_another_kind_of_adapter_are_refused(model:
     )
     assert "IA3" in adapter_problems(lora(tmp_path / "ia3", peft_type="IA3"), model)[0]
     assert "adapter_config.json is missing" in adapter_problems(tmp_path / "nothing", model)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("w.weight", "F64"), ("w.weight", "F8_E4M3"), ("w.qweight", "I32"), ("w.weight", "U8"), ("w.bias", "F64")],
+)
+def test_weights_that_are_not_plain_floats_are_named_with_their_type(model: Path, name: str, dtype: str) -> None:
+    """Loading casts them without a word: what is trained over is then not what the checkpoint says."""
+    write_safetensors(model / "model.safetensors", {"v.weight": ("F32", (2,)), name: (dtype, (2,)), "position_ids": ("I64", (2,))})
+    (problem,) = model_problems(model)
+    assert f"holds {name} as {dtype} (1 such tensors)" in problem
+    assert "save it again" in problem
+
+
+def test_only_the_files_that_are_loaded_are_looked_at(model: Path) -> None:
+    """Some publishers put the same weights beside them in another format and type."""
+    write_safetensors(model / "consolidated.safetensors", {"w.weight": ("F8_E4M3", (2,))})
+    assert model_problems(model) == []
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert model_problems(model) == []
+    write_safetensors(model / "model-1.safetensors", {"a": ("F64", (1,))})
+    assert "holds a as F64" in model_problems(model)[0]
+
+
+def test_a_model_that_says_it_is_quantised_is_refused_with_the_key_that_trains_in_4_bits(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    (problem,) = model_problems(model)
+    assert "is quantised (gptq)" in problem
+    assert "training.quantize_base: nf4" in problem
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "not a safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes where its header promises"),
+        (lambda path: path.write_bytes(b"\2\0\0\0\0\0\0\0[]"), "not an object"),
+        (lambda path: path.write_bytes(b'\x08\0\0\0\0\0\0\0{"a":{}}'), "does not describe tensors"),
+        (lambda path: path.write_bytes(b""), "not a safetensors file"),
+    ],
+)
+def test_weights_that_are_not_whole_are_named(model: Path, damage: Callable[[Path], object], said: str) -> None:
+    damage(model / "model.safetensors")
+    (problem,) = model_problems(model)
+    assert problem.startswith(f"{model / 'model.safetensors'} is damaged: ")
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "olora"}, "changes the base"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
+        ({"trainable_token_indices": [1]}, "trained embeddings"),
+        ({"bias": "all"}, "trains biases of the base"),
+        ({"lora_bias": True}, "has biases of its own"),
+        ({"rank_pattern": {"q_proj": 4}}, "another rank in some modules"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "fused parameters"),
+        ({"layer_replication": [[0, 2]]}, "repeats layers"),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_on_linear_layers_is_refused_by_name(
+    model: Path, tmp_path: Path, fields: dict[str, object], said: str
+) -> None:
+    (problem,) = adapter_problems(lora(tmp_path / "adapter", **fields), model)
+    assert said in problem
+
+
+def test_what_peft_and_the_engine_both_understand_is_no_problem(model: Path, tmp_path: Path) -> None:
+    fields = {
+        "layers_to_transform": [0],
+        "alpha_pattern": {"q_proj": 4},
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+        "bias": "none",
+    }
+    assert adapter_problems(lora(tmp_path / "adapter", **fields), model, max_rank=8) == []
+
+
+def test_dora_may_be_trained_on_but_not_served(model: Path, tmp_path: Path) -> None:
+    adapter = lora(tmp_path / "adapter", use_dora=True)
+    assert adapter_problems(adapter, model) == []
+    (problem,) = adapter_problems(adapter, model, max_rank=8)
+    assert "is a DoRA adapter, which vLLM does not serve; merge it" in problem
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({f"{Q_PROJ}.lora_A.weight": ("F32", (4, 2)), f"{Q_PROJ}.lora_B.weight": ("F32", (2, 8))}, "of rank 4, but its adapter_config.json says r = 8"),
+        ({f"{Q_PROJ}.lora_A.weight": ("F32", (8, 2))}, "only one of lora_A and lora_B"),
+        ({f"{Q_PROJ}.lora_A.weight": ("I32", (8, 2)), f"{Q_PROJ}.lora_B.weight": ("F32", (2, 8))}, "as I32"),
+        ({"base_model.model.model.embed_tokens.weight": ("F32", (8, 2))}, "is not a LoRA weight"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (8, 2))}, "is not a LoRA weight"),
+        (
+            {"base_model.model.lm_head.lora_A.weight": ("F32", (8, 2)), "base_model.model.lm_head.lora_B.weight": ("F32", (2, 8))},
+            "adapts lm_head; the head and the embeddings cannot be adapted",
+        ),
+        ({}, "holds no tensors"),
+    ],
+)  # fmt: skip
+def test_adapter_weights_that_are_not_what_the_config_says_are_named(
+    model: Path, tmp_path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], said: str
+) -> None:
+    adapter = lora(tmp_path / "adapter")
+    write_safetensors(adapter / "adapter_model.safetensors", tensors)
+    assert [problem for problem in adapter_problems(adapter, model) if said in problem]
 
 
 def test_a_run_directory_can_move(model: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class TrainingConfig(Settings):
     reference: Literal["round_start", "run_start"] = "round_start"
     epochs: int = Field(1, ge=1)
     pairs_per_step: int = Field(64, ge=1)
-    micro_batch_tokens: int | Literal["auto"] = Field("auto", ge=1)
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens of one forward and backward pass; `auto` takes what the memory plan allows."""
     max_length: int = Field(2_048, ge=2)
     """Prompt plus completion, tokens; longer pairs are dropped, never truncated."""

@@ -16,13 +16,16 @@ _MAX_POINTS = 400
 
 _PREFERENCE_LOSS = "preference_loss"
 """Not in metrics.jsonl: what is left of `loss` without the weighted NLL."""
+_HELD_OUT_PREFERENCE_LOSS = "held_out_preference_loss"
+_LN_2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
+_LN_2 = "starts at ln 2 = 0.693 when the policy is the reference"
 
 # (title, note, {name in metrics.jsonl: label}, in percent, line at)
 _TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = (
-    ("Preference loss", "starts at ln 2 = 0.693 when the policy is the reference", {_PREFERENCE_LOSS: "loss"}, False, math.log(2)),
+    ("Preference loss", _LN_2, {_PREFERENCE_LOSS: "loss", _HELD_OUT_PREFERENCE_LOSS: "held-out pairs"}, False, math.log(2)),
     ("NLL of chosen", "per token, in nats; the other part of the loss", {"nll": "NLL"}, False, None),
-    ("Loss", "of the preference and of what else it may hold", {"loss": "loss"}, False, None),
-    ("Reward margin", "chosen over rejected", {"margin": "margin"}, False, 0.0),
+    ("Loss", "of the preference and of what else it may hold", {"loss": "loss", "held_out_loss": "held-out pairs"}, False, None),
+    ("Reward margin", "chosen over rejected", {"margin": "margin", "held_out_margin": "held-out pairs"}, False, 0.0),
     (
         "Log-prob change per token",
         "against the reference; both falling is likelihood displacement",
@@ -30,7 +33,13 @@ _TRAINING: tuple[tuple[str, str, Mapping[str, str], bool, float | None], ...] = 
         False,
         0.0,
     ),
-    ("Preference accuracy", "pairs whose chosen answer has the higher reward", {"accuracy": "accuracy"}, True, 0.5),
+    (
+        "Preference accuracy",
+        "pairs whose chosen answer has the higher reward",
+        {"accuracy": "accuracy", "held_out_accuracy": "held-out pairs"},
+        True,
+        0.5,
+    ),
     ("KL estimate", "from the reference on the pairs' own answers, nats per token", {"kl": "KL"}, False, 0.0),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, False, None),
 )
@@ -44,19 +53,28 @@ def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Cha
     return [chart for chart in _trends(graded, sheet) if chart is not None] if len(graded) > 1 else []
 
 
-def training_charts(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, nll_weight: float | None = None) -> list[Chart]:
-    """nll_weight: of the NLL of chosen in `loss`; None where nobody knows it, and only the whole loss can be drawn."""
-    return [chart for chart in _training([_parted(row, nll_weight) for row in rows], sheet) if chart is not None]
+def training_charts(
+    rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, nll_weight: float | None = None, loss_kind: str | None = None
+) -> list[Chart]:
+    """nll_weight: of the NLL of chosen in `loss`; None where nobody knows it, and only the whole loss can be drawn. loss_kind: of the
+    config; None is what was trained before there was a choice, sigmoid."""
+    looked = any("held_out_loss" in row for row in rows)
+    parted = [_parted(row, nll_weight, whole=looked) for row in rows]
+    return [
+        chart for chart in _training(parted, sheet, from_ln_2=loss_kind is None or loss_kind in _LN_2_LOSSES) if chart is not None
+    ]
 
 
-def _parted(row: Mapping[str, Any], nll_weight: float | None) -> Mapping[str, Any]:
-    """Either the parts of the loss or the whole of it."""
+def _parted(row: Mapping[str, Any], nll_weight: float | None, *, whole: bool) -> Mapping[str, Any]:
+    """Either the parts of the loss or the whole of it; both where the whole is also known of held-out pairs."""
     loss, nll = _number(row.get("loss")), _number(row.get("nll"))
     if nll_weight is None or loss is None or (nll is None and nll_weight):
         return {name: value for name, value in row.items() if name != "nll"}
     if not nll_weight:
-        return {name: value for name, value in row.items() if name not in ("loss", "nll")} | {_PREFERENCE_LOSS: loss}
-    return {name: value for name, value in row.items() if name != "loss"} | {_PREFERENCE_LOSS: loss - nll_weight * (nll or 0.0)}
+        names = {"loss": _PREFERENCE_LOSS, "held_out_loss": _HELD_OUT_PREFERENCE_LOSS}
+        return {names.get(name, name): value for name, value in row.items() if name != "nll"}
+    kept = {name: value for name, value in row.items() if whole or name != "loss"}
+    return kept | {_PREFERENCE_LOSS: loss - nll_weight * (nll or 0.0)}
 
 
 def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Chart | None]:
@@ -93,16 +111,26 @@ def _trends(history: Sequence[RoundSummary], sheet: StyleSheet) -> Iterator[Char
     )
 
 
-def _training(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet) -> Iterator[Chart | None]:
+def _training(rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, from_ln_2: bool) -> Iterator[Chart | None]:
     every = max(1, math.ceil(len(rows) / _MAX_POINTS))
-    kept = [row for index, row in enumerate(rows) if index % every == 0 or index == len(rows) - 1]
     for title, note, names, in_percent, reference in _TRAINING:
-        series = [
-            Series(label, tuple((float(row.get("step", index + 1)), _number(row.get(name))) for index, row in enumerate(kept)))
-            for name, label in names.items()
-            if any(_number(row.get(name)) is not None for row in kept)
-        ]
-        yield line_chart(title, series, sheet, note=note, x_name="step", in_percent=in_percent, reference=reference)
+        series = []
+        for name, label in names.items():
+            there = [(float(row.get("step", index + 1)), _number(row[name])) for index, row in enumerate(rows) if name in row]
+            if any(value is not None for _, value in there):
+                # Held-out pairs are looked at so rarely that every look is drawn.
+                kept = [point for index, point in enumerate(there) if len(there) <= _MAX_POINTS or index % every == 0]
+                series.append(Series(label, tuple(kept if kept[-1] == there[-1] else [*kept, there[-1]])))
+        unknown = note == _LN_2 and not from_ln_2
+        yield line_chart(
+            title,
+            series,
+            sheet,
+            note="" if unknown else note,
+            x_name="step",
+            in_percent=in_percent,
+            reference=None if unknown else reference,
+        )
 
 
 def _number(value: Any) -> float | None:

@@ -99,6 +99,16 @@ class CardFacts:
         return f"{round(100 * (1 - self.alpha), 2):g} %"
 
     @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Beta, and what is not as it usually is."""
+        loss = self.training.loss
+        return {"beta": loss.beta} | loss.model_dump(exclude={"kind", "beta"}, exclude_defaults=True)
+
+    @property
+    def has_held_out(self) -> bool:
+        return any(row.figures.get("held_out") for row in self.trained)
+
+    @property
     def rates(self) -> dict[str, dict[str, float | None]]:
         """policy → rate name → value in 0..1; of round 0, which has no gate, what its own evaluation found."""
         if self.gate is not None:

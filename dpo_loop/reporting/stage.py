@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo_loop.artifacts import Stage, read_manifest, sha256_file
 from dpo_loop.exchange import (
+    ALARMS,
     COMPARISONS,
     GATE_REPORT,
     GRADES,
@@ -61,8 +62,10 @@ def _report(
         seconds=seconds,
         stages=tuple(StageFigures(name, m.outcome, m.key, m.version, m.finished_at) for name, m in made.items()),
         versions={package: version for m in made.values() for package, version in m.versions.items()},
-        training=_metrics(train),
+        training=_rows(train, METRICS),
+        alarms=_rows(train, ALARMS),
         nll_weight=_nll_weight(made.get("training")),
+        loss_kind=_loss_kind(made.get("training")),
         answers_files=tuple(_as_typed(path / GRADES) for path in (grades, more_grades) if path is not None),
         cases=cases,
         samples=samples,
@@ -76,7 +79,7 @@ def _report(
     )
 
 
-REPORT = Stage("report", 4, _report)
+REPORT = Stage("report", 5, _report)
 
 
 def _as_typed(path: Path) -> str:
@@ -99,15 +102,25 @@ def _manifests(**stages: Path | None) -> Iterator[tuple[str, StageManifest]]:
             yield name, manifest
 
 
-def _nll_weight(training: StageManifest | None) -> float | None:
-    """As the training was configured; None where its manifest does not say."""
+def _config(training: StageManifest | None) -> dict[str, Any]:
+    """As the training was configured; empty where its manifest does not say."""
     config = {} if training is None else training.inputs.get("config")
-    weight = config.get("nll_weight") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def _nll_weight(training: StageManifest | None) -> float | None:
+    weight = _config(training).get("nll_weight")
     return float(weight) if isinstance(weight, int | float) else None
 
 
-def _metrics(train: Path | None) -> list[dict[str, Any]]:
-    path = None if train is None else train / METRICS
+def _loss_kind(training: StageManifest | None) -> str | None:
+    loss = _config(training).get("loss")
+    return str(loss["kind"]) if isinstance(loss, dict) and "kind" in loss else None
+
+
+def _rows(train: Path | None, name: str) -> list[dict[str, Any]]:
+    """Empty for a training of a version that did not write the file."""
+    path = None if train is None else train / name
     if path is None or not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,159 +1,298 @@
-"""The one training loop, for SFT and DPO: optimizer steps over micro-batches, metrics, checkpoints, exact resume.
+"""The one training loop, for SFT and preferences: optimizer steps, looks at held-out rows, alarms, checkpoints, exact resume.
 
 On a CPU a run that was killed at any point and started again ends with the same bits: the order is a pure function of the seed,
-dropout is drawn from (seed, step), and a checkpoint holds weights and optimizer state of a finished step.
+dropout is drawn from (seed, step, process), and a checkpoint holds all that a finished step leaves behind. With several processes
+each runs this function; they decide by the same figures, and only the main one writes.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from dpo_loop.config import OptimizerConfig
-from dpo_loop.errors import TrainingDivergedError
-from dpo_loop.exchange import METRICS
-from dpo_loop.files import write_jsonl
+from dpo_loop.artifacts import package_versions
+from dpo_loop.config import AlarmsConfig, HeldOutConfig, OptimizerConfig
+from dpo_loop.errors import InputError, TrainingDivergedError
+from dpo_loop.exchange import ALARMS, METRICS
 from dpo_loop.journal import Journal
 from dpo_loop.progress import say
-from dpo_loop.training.batches import micro_batches, optimizer_steps
-from dpo_loop.training.checkpoints import read_newest_checkpoint, write_checkpoint
+from dpo_loop.training.accumulation import Accumulator, Objective, OutOfMemoryError
+from dpo_loop.training.alarms import Alarm, alarms_at
+from dpo_loop.training.batches import Cut, optimizer_steps
+from dpo_loop.training.checkpoints import read_newest_checkpoint, rows_until, write_checkpoint
+from dpo_loop.training.held_out import BestLook, put
 from dpo_loop.training.optimizer import build_optimizer, lr_at
+from dpo_loop.training.processes import Processes
+from dpo_loop.training.step_lines import StepLines
+from dpo_loop.types import content_id
 
-SAY_EVERY_S = 2.0
-
-
-class Objective(Protocol):
-    """What is minimised, seen from the loop: examples are row numbers."""
-
-    def size(self, rows: Sequence[int]) -> int:
-        """What the sums over these rows are divided by to become means: pairs, or scored tokens."""
-        ...
-
-    def sums(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """One micro-batch: scalar sums over its rows. `loss` is differentiable, the others feed `metrics`."""
-        ...
-
-    def metrics(self, sums: Mapping[str, float], rows: Sequence[int], *, step: int) -> dict[str, float]:
-        """The figures of optimizer step `step`, 0-based, from the sums over all its rows. May raise TrainingDivergedError."""
-        ...
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """stage and label open the progress lines, `seed: sft step 3/9`. lengths: tokens that example i puts through the model."""
+    """stage and label open the progress lines, `seed: sft step 3/9`. num_tokens: that row i puts through the model."""
 
     stage: str
     label: str
-    lengths: Sequence[int]
+    num_tokens: Sequence[int]
+    cut: Cut
     epochs: int
     per_step: int
     micro_batch_tokens: int
     checkpoint_every_steps: int
     optimizer: OptimizerConfig
     seed: int
+    held_out: Sequence[int] = ()
+    """Rows that are never trained on."""
+    held_out_config: HeldOutConfig | None = None
+    """When to look at them; needed if there are any."""
+    alarms: AlarmsConfig | None = None
+    expected_memory: str = ""
+    """What training was expected to need, for the message when it does not fit."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What training is made from, by hash, JSON: a checkpoint made from something else is not resumed from."""
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    """What is recorded in a checkpoint beside it, and may differ when training goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """rows: the metrics of every step. stopped_early_at: the step after which held-out pairs ended training, None if they did not.
+
+    weights_of_step: the step whose weights the parameters now have. micro_batch_tokens: those of the last step, halved where memory ran out.
+    """
+
+    rows: list[dict[str, Any]]
+    alarms: list[Alarm]
+    stopped_early_at: int | None
+    weights_of_step: int
+    micro_batch_tokens: int
 
 
 def fit(
-    objective: Objective, *, plan: Plan, parameters: Mapping[str, torch.nn.Parameter], accelerator: Any, keep: Path
-) -> list[dict[str, Any]]:
-    """Train `parameters` in place; returns the metrics of every step.
+    objective: Objective, *, plan: Plan, model: Any, parameters: Mapping[str, torch.nn.Parameter], accelerator: Any, keep: Path
+) -> Fitted:
+    """Train `parameters` of `model` in place.
 
-    keep: the scratch directory of the stage; checkpoints and metrics.jsonl live there.
-    Raises TrainingDivergedError at the first loss or gradient that is not finite, before it touches a weight.
+    keep: the scratch directory of the stage; checkpoints, metrics.jsonl and alarms.jsonl live there.
+    Raises TrainingDivergedError at the first loss or gradient that is not finite, before it touches a weight, and at an alarm that stops;
+    InputError if a micro-batch of half the planned tokens does not fit into memory either.
     """
-    steps = optimizer_steps(len(plan.lengths), epochs=plan.epochs, per_step=plan.per_step, seed=plan.seed)
-    optimizer = build_optimizer(parameters.values(), plan.optimizer)
-    first, rows_so_far = _resume(keep, parameters, optimizer)
-    if first:
-        say(f"{plan.stage}: {plan.label} resumes after step {first}/{len(steps)}")
-    progress = _Progress(plan, num_steps=len(steps), first=first)
-    with Journal(keep / METRICS) as journal:
-        for step in range(first, len(steps)):
-            rows, started = steps[step], time.monotonic()
-            torch.manual_seed(plan.seed * 1_000_003 + step)
-            lr = lr_at(step, num_steps=len(steps), config=plan.optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sums = _accumulate(objective, rows, plan, accelerator)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), plan.optimizer.max_grad_norm))
-            if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-                raise _diverged(plan.label, step, sums["loss"], grad_norm, rows_so_far, keep / METRICS)
-            figures = objective.metrics(sums, rows, step=step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens_per_s = sum(plan.lengths[row] for row in rows) / (time.monotonic() - started)
-            row = {"step": step + 1, **figures, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)}
-            journal.append([row])
-            rows_so_far.append(row)
-            if (step + 1) % plan.checkpoint_every_steps == 0:
-                state = {"parameters": {name: p.detach() for name, p in parameters.items()}, "optimizer": optimizer.state_dict()}
-                write_checkpoint(_checkpoints(keep), step=step + 1, state=state)
-            progress.show(row)
-    return rows_so_far
+    return _Loop(objective, plan, model, parameters, accelerator, keep).run()
 
 
-def _accumulate(objective: Objective, rows: Sequence[int], plan: Plan, accelerator: Any) -> dict[str, float]:
-    """Backward over all micro-batches of one step; the sums over its rows."""
-    size = objective.size(rows)
-    parts = []
-    for micro in micro_batches(rows, plan.lengths, max_tokens=plan.micro_batch_tokens, device=accelerator.device.type):
-        with accelerator.autocast():
-            sums = objective.sums(micro)
-        accelerator.backward(sums["loss"] / size)
-        parts.append(torch.stack([value.detach() for value in sums.values()]).double())
-    return dict(zip(sums, torch.stack(parts).sum(0).tolist(), strict=True))
+class _Loop:
+    def __init__(
+        self,
+        objective: Objective,
+        plan: Plan,
+        model: Any,
+        parameters: Mapping[str, torch.nn.Parameter],
+        accelerator: Any,
+        keep: Path,
+    ) -> None:
+        self.objective, self.plan, self.accelerator, self.keep = objective, plan, accelerator, keep
+        self.parameters = parameters
+        self.processes = Processes(accelerator)
+        self.accumulator = Accumulator(
+            objective, cut=plan.cut, num_tokens=plan.num_tokens, accelerator=accelerator, processes=self.processes, model=model
+        )
+        held_out = set(plan.held_out)
+        trained = [row for row in range(len(plan.num_tokens)) if row not in held_out]
+        order = optimizer_steps(len(trained), epochs=plan.epochs, per_step=plan.per_step, seed=plan.seed)
+        self.steps = [[trained[index] for index in step] for step in order]
+        self.optimizer = build_optimizer(parameters.values(), plan.optimizer)
+        self.best = BestLook(plan.held_out_config.patience if plan.held_out_config else None)
+        self.max_tokens, self.halved = plan.micro_batch_tokens, False
+        self.rows: list[dict[str, Any]] = []
+        self.alarms: list[Alarm] = []
+        self.opening = f"{plan.stage}: {plan.label}"
 
+    def run(self) -> Fitted:
+        done = self._resume()
+        if done:
+            self._say(f"resumes after step {done}/{len(self.steps)}")
+        lines = StepLines(self.opening, num_steps=len(self.steps), first=done)
+        while done < len(self.steps) and not self.best.is_over:
+            row = self._step(done)
+            done += 1
+            self._raise_alarms()
+            if done % self.plan.checkpoint_every_steps == 0:
+                self._checkpoint(done)
+            if self.processes.is_main:
+                lines.show(row, is_last=done == len(self.steps) or self.best.is_over)
+        if self.best.is_over:
+            self._say(
+                f"stops early after step {done}/{len(self.steps)}: {self.best.looks_since} looks at held-out pairs in a row found no lower "
+                f"loss than {self.best.loss:.4f}"
+            )
+        if not self.best.weights:
+            return Fitted(self.rows, self.alarms, None, done, self.max_tokens)
+        self._say(f"ends with the weights of step {self.best.step}, the best look at held-out pairs")
+        self.best.restore(self.parameters)
+        return Fitted(self.rows, self.alarms, done if self.best.is_over else None, self.best.step, self.max_tokens)
 
-def _resume(
-    keep: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict[str, Any]]]:
-    """Restore the newest checkpoint; (steps done, their metrics). What was measured after it is measured again."""
-    found = read_newest_checkpoint(_checkpoints(keep))
-    step = 0
-    if found is not None:
-        step, state = found
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
-    with Journal(keep / METRICS) as journal:
-        rows = [row for row in journal.rows if row["step"] <= step]
-    write_jsonl(keep / METRICS, rows)
-    return step, rows
+    def _step(self, step: int) -> dict[str, Any]:
+        rows, started = self.steps[step], time.monotonic()
+        lr = lr_at(step, num_steps=len(self.steps), config=self.plan.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = self._within_memory(lambda: self._gradient(rows, step), step=step)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.optimizer.max_grad_norm))
+        if not (math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+            raise self._diverged(f"at step {step + 1}: loss sum {sums['loss']}, gradient norm {grad_norm}")
+        figures = self.objective.metrics(sums, rows, step=step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens_per_s = sum(self.plan.num_tokens[row] for row in rows) / (time.monotonic() - started)
+        row = {"step": step + 1, **figures, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)}
+        if self._looks_after(step):
+            row |= self._look(step)
+        self.rows.append(row)
+        self._append(METRICS, row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step + 1)
+        return row
 
+    def _gradient(self, rows: Sequence[int], step: int) -> dict[str, float]:
+        torch.manual_seed(self.plan.seed * 1_000_003 + step + 15_485_863 * self.processes.index)
+        sums = self.accumulator.backward(rows, max_tokens=self.max_tokens)
+        self.processes.add_gradients(self.parameters.values())
+        return sums
 
-def _checkpoints(keep: Path) -> Path:
-    return keep / "checkpoints"
+    def _looks_after(self, step: int) -> bool:
+        config = self.plan.held_out_config
+        if config is None or not self.plan.held_out:
+            return False
+        return (step + 1) % config.every_steps == 0 or step + 1 == len(self.steps)
 
+    def _look(self, step: int) -> dict[str, float]:
+        held_out = self.plan.held_out
+        sums = self._within_memory(lambda: self.accumulator.look(held_out, max_tokens=self.max_tokens))
+        figures = self.objective.metrics(sums, held_out, step=step + 1)
+        self.best.see(figures["loss"], step=step + 1, parameters=self.parameters)
+        return {f"held_out_{name}": figures[name] for name in ("loss", "accuracy", "margin") if name in figures}
 
-def _diverged(
-    label: str, step: int, loss: float, grad_norm: float, rows: Sequence[Mapping[str, Any]], metrics: Path
-) -> TrainingDivergedError:
-    last = ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()) if rows else "none, it was the first step"
-    return TrainingDivergedError(
-        f"{label} diverged at step {step + 1}: loss sum {loss}, gradient norm {grad_norm}. Last good step: {last}. Nothing was published; "
-        f"the metrics up to there are kept in {metrics}. Ways out: a lower learning rate, a smaller max_grad_norm, or look at the pairs."
-    )
+    def _within_memory(self, attempt: Callable[[], dict[str, float]], *, step: int | None = None) -> dict[str, float]:
+        """Attempt it; where memory runs out, once more with half the token budget, which then holds for the rest of the run.
 
+        step: of which the attempt is the first thing that is done, so that it can begin anew from a checkpoint of its start.
+        """
+        try:
+            return attempt()
+        except OutOfMemoryError as error:
+            shortage = str(error)
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.halved or self.processes.sharded:
+            raise self._too_large(shortage)
+        self.max_tokens, self.halved = max(1, self.max_tokens // 2), True
+        self._say(
+            f"ran out of memory ({shortage}); goes on with micro-batches of {self.max_tokens} tokens, half of what was planned"
+        )
+        if step is not None:
+            self._checkpoint(step)
+        try:
+            return attempt()
+        except OutOfMemoryError as error:
+            shortage = str(error)
+        raise self._too_large(shortage)
 
-class _Progress:
-    def __init__(self, plan: Plan, *, num_steps: int, first: int) -> None:
-        self.opening, self.num_steps, self.first = f"{plan.stage}: {plan.label}", num_steps, first
-        self.started = self.said = time.monotonic()
+    def _too_large(self, shortage: str) -> InputError:
+        expected = f" Expected were {self.plan.expected_memory}." if self.plan.expected_memory else ""
+        return InputError(
+            f"{self.plan.label} does not fit into memory with micro-batches of {self.max_tokens} tokens ({shortage}).{expected} Ways out: a lower "
+            "micro_batch_tokens or max_length, gradient_checkpointing: true, a lower lora.rank, a smaller base, or a larger device. The same "
+            "command resumes from the last checkpoint."
+        )
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        now, step = time.monotonic(), row["step"]
-        if now - self.said < SAY_EVERY_S and step != self.num_steps:
+    def _raise_alarms(self) -> None:
+        if self.plan.alarms is None:
             return
-        self.said = now
-        left_s = (now - self.started) / (step - self.first) * (self.num_steps - step)
-        say(
-            f"{self.opening} step {step}/{self.num_steps}, loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tok/s, {left_s:.0f} s left"
+        before = {(alarm.name, alarm.level) for alarm in self.alarms}
+        found = alarms_at(self.rows, self.plan.alarms, max_grad_norm=self.plan.optimizer.max_grad_norm)
+        new = [alarm for alarm in found if (alarm.name, alarm.level) not in before]
+        for alarm in new:
+            self.alarms.append(alarm)
+            self._append(ALARMS, alarm.model_dump())
+            self._say(f"alarm, {alarm.level}: {alarm.message}")
+        if stops := [alarm.message for alarm in new if alarm.level == "stop"]:
+            raise self._diverged(f"past a limit that ends training. {' '.join(stops)}")
+
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; returns how many steps are done. What was measured after it is measured again."""
+        done, state, self.rows, self.alarms = self.processes.from_main(self._read)
+        if state is not None:
+            put(state["parameters"], self.parameters)
+            self.optimizer.load_state_dict(state["optimizer"])
+            # Halved for the rest of the run, unless somebody has set another budget since.
+            if state["halved"] and state["planned_tokens"] == self.plan.micro_batch_tokens:
+                self.max_tokens, self.halved = state["micro_batch_tokens"], True
+            self.best.load(state["best"])
+        return done
+
+    def _read(self) -> tuple[int, dict[str, Any] | None, list[dict[str, Any]], list[Alarm]]:
+        found = read_newest_checkpoint(
+            self.keep / CHECKPOINTS, stage=self.plan.stage, provenance=self._provenance(), circumstances=self._circumstances()
+        )
+        done, state = found or (0, None)
+        metrics, alarms = (rows_until(self.keep / name, step=done) for name in (METRICS, ALARMS))
+        return done, state, metrics, [Alarm.model_validate(row) for row in alarms]
+
+    def _checkpoint(self, done: int) -> None:
+        if not self.processes.is_main:
+            return
+        write_checkpoint(
+            self.keep / CHECKPOINTS,
+            step=done,
+            state={
+                "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "planned_tokens": self.plan.micro_batch_tokens,
+                "micro_batch_tokens": self.max_tokens,
+                "halved": self.halved,
+                "best": self.best.state(),
+            },
+            provenance=self._provenance(),
+            circumstances=self._circumstances(),
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        return {**self.plan.provenance, "order": content_id(self.steps), "optimizer": self.plan.optimizer.model_dump()}
+
+    def _circumstances(self) -> dict[str, Any]:
+        return {
+            **self.plan.circumstances,
+            "micro_batch_tokens": self.plan.micro_batch_tokens,
+            "num_processes": self.processes.num,
+            "versions": package_versions(),
+        }
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self.processes.is_main:
+            with Journal(self.keep / name) as journal:
+                journal.append([row])
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            say(f"{self.opening} {text}")
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        last = (
+            ", ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items())
+            if self.rows
+            else "none, it was the first step"
+        )
+        return TrainingDivergedError(
+            f"{self.plan.label} diverged {what}. Last good step: {last}. Nothing was published; the metrics up to there are kept in "
+            f"{self.keep / METRICS}. Ways out: a lower learning rate, a smaller max_grad_norm, or look at the pairs."
         )

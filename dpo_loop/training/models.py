@@ -1,31 +1,41 @@
 """Base models and LoRA adapters in memory and on disk.
 
-Numerics: on a CPU everything is fp32; on a GPU with dtype bfloat16 a frozen base is bf16 under autocast, adapters (and weights that
-are themselves trained) stay fp32. One adapter in a model at a time: PEFT flips `requires_grad` when adapters are switched.
+Numerics: on a CPU everything is fp32; on a GPU with dtype bfloat16 a frozen base is bf16 (or, for QLoRA, 4 bits computed in bf16) under
+autocast; adapters, and weights that are themselves trained, are always fp32. One adapter in a model at a time: PEFT flips
+`requires_grad` when adapters are switched. A base or an adapter that PEFT or transformers would load with a warning is refused here.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.files import write_json
 from dpo_loop.policies import ADAPTER_ORIGIN, base_name
+from dpo_loop.training.model_checks import check_can_quantize, check_complete, check_finite, check_quantized, stored_tensors
 from dpo_loop.types import PolicyRef
+from dpo_loop.weights import NOT_ADAPTABLE
 
 disable_progress_bar()  # a stage's log is lines, not bars
 
-NOT_ADAPTABLE = ("lm_head", "embed_tokens", "wte", "embed_out")
-"""vLLM serves no LoRA on these with prompt log-probs (vllm#51594), and the completion-only head needs them frozen."""
+Quantization = Literal["nf4"]
+_NAMES_OF_FUSED_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
+_MAMBAS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+"""Their kernels take the weights of `out_proj` and `dt_proj` past an adapter, which would learn nothing."""
+_ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 
 
 def build_accelerator(dtype: str) -> Accelerator:
@@ -34,51 +44,164 @@ def build_accelerator(dtype: str) -> Accelerator:
     return Accelerator(cpu=not cuda, mixed_precision="bf16" if dtype == "bfloat16" and cuda else "no")
 
 
-def load_base(path: str, *, accelerator: Accelerator, frozen: bool) -> Any:
-    """The model in eval mode on the accelerator's device, without gradients if frozen."""
-    config = AutoConfig.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.bfloat16 if frozen and accelerator.mixed_precision == "bf16" else torch.float32,
-        # transformers' sdpa silently drops the attention soft-cap of Gemma 2.
-        attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa",
+def load_base(path: str, *, accelerator: Accelerator, frozen: bool, quantize_base: Quantization | None = None) -> Any:
+    """The model in eval mode on the accelerator's device, without gradients if frozen.
+
+    quantize_base: the linear layers but the head in 4 bits (QLoRA, arXiv 2305.14314), only for a frozen base. Raises InputError where
+    that cannot be computed, PolicyError for weights that are missing, of a wrong shape, or no numbers.
+    """
+    config = AutoConfig.from_pretrained(path)  # one of its own: models that share a config switch one another's attention (T33)
+    half = frozen and accelerator.mixed_precision == "bf16"
+    arguments: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.bfloat16 if half else torch.float32,
+        # transformers' sdpa silently drops the attention soft-cap of Gemma 2 (T34). None: sdpa where the model has it.
+        "attn_implementation": "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None,
+    }
+    if quantize_base is not None:
+        assert frozen
+        check_can_quantize(accelerator)
+        arguments |= {"quantization_config": _nf4(), "device_map": {"": accelerator.device}}
+    model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    check_complete(loading, path)
+    if quantize_base is None:
+        model = model.to(accelerator.device)
+        check_finite(model.named_parameters(), path)
+    else:
+        check_quantized(model, path)
+        check_finite(stored_tensors(Path(path)), path)
+    return model.requires_grad_(not frozen).eval()
+
+
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return model.requires_grad_(not frozen).eval().to(accelerator.device)
 
 
-def load_policy(policy: PolicyRef, *, accelerator: Accelerator) -> Any:
-    """Base plus adapter, if it has one; frozen."""
-    base = load_base(policy.base, accelerator=accelerator, frozen=True)
+def load_policy(policy: PolicyRef, *, accelerator: Accelerator, quantize_base: Quantization | None = None) -> Any:
+    """Base plus adapter, if it has one; frozen. Raises as `load_base` and `continue_adapter` do."""
+    base = load_base(policy.base, accelerator=accelerator, frozen=True, quantize_base=quantize_base)
     if policy.adapter is None:
         return base
-    return PeftModel.from_pretrained(base, policy.adapter).requires_grad_(False).eval()
+    adapter = Path(policy.adapter)
+    return _load_adapter(base, adapter, PeftConfig.from_pretrained(adapter), trainable=False).requires_grad_(False)
 
 
 def add_adapter(base: Any, shape: LoraShape, *, seed: int) -> Any:
-    """A fresh LoRA adapter: B is zero, so the model says what the base says."""
-    targets: str | list[str] = shape.target
-    if shape.target != "all-linear":
-        targets = [name.strip() for name in shape.target.split(",")]
-        if forbidden := sorted(set(targets) & set(NOT_ADAPTABLE)):
-            raise InputError(
-                f"lora.target names {', '.join(forbidden)}; the head and the embeddings cannot be adapted: leave them out"
-            )
-    torch.manual_seed(seed)
+    """A fresh LoRA adapter: B is zero, so the model says what the base says.
+
+    rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353. Raises InputError for targets that the model does not have or that cannot be adapted.
+    """
+    targets = _linear_layers(base) if shape.target == "all-linear" else _named_targets(base, shape.target)
     config = LoraConfig(
-        r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        use_rslora=shape.variant == "rslora",
+        use_dora=shape.variant == "dora",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),  # GPT-2 stores its weights transposed
     )
+    torch.manual_seed(seed)
     try:
-        return get_peft_model(base, config).eval()
+        model = get_peft_model(base, config).eval()
     except ValueError as error:
         raise InputError(f"lora.target {shape.target!r} does not fit {base.config.name_or_path}: {error}") from error
+    return _checked(model, f"lora.target {shape.target!r}")
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Last parts of the names of all linear layers but the head, less those that PEFT would take for something else.
+
+    Experts fused into one parameter and their routers are no linear layers: PEFT adapts them by wrappers that no engine serves by module. It
+    takes a dense layer named as an expert's once was for the experts, too, so of a mixture of experts it is the attention that is adapted.
+    """
+    head = base.get_output_embeddings()
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+    if any(name.endswith(".experts.down_proj") for name, _ in base.named_parameters()):
+        found -= _NAMES_OF_FUSED_EXPERTS
+    if base.config.model_type in _MAMBAS:
+        found -= {"out_proj", "dt_proj"}
+    return sorted(found)
+
+
+def _named_targets(base: Any, target: str) -> list[str]:
+    names = [name.strip() for name in target.split(",")]
+    if forbidden := sorted({name for name in names if name.rsplit(".", 1)[-1] in NOT_ADAPTABLE}):
+        raise InputError(f"lora.target names {', '.join(forbidden)}; the head and the embeddings cannot be adapted: leave them out")
+    modules = [name for name, _ in base.named_modules()]
+    missing = [name for name in names if not any(module == name or module.endswith(f".{name}") for module in modules)]
+    if missing:
+        raise InputError(
+            f"lora.target names {', '.join(missing)}, which {base.config.name_or_path} does not have; its linear layers are "
+            f"{', '.join(_linear_layers(base))}"
+        )
+    return names
 
 
 def continue_adapter(base: Any, adapter: Path, *, dropout: float) -> Any:
-    """The adapter of an earlier round, trainable; its rank, alpha and targets stay as they are."""
+    """The adapter of an earlier round, trainable; its variant, rank, alpha and targets stay as they are.
+
+    Raises PolicyError for one that does not fit the base, is not wholly loaded, or holds weights that are no numbers.
+    """
     config = PeftConfig.from_pretrained(adapter)
     config.lora_dropout = dropout
-    return PeftModel.from_pretrained(base, adapter, config=config, is_trainable=True).eval()
+    return _load_adapter(base, adapter, config, trainable=True)
+
+
+def _load_adapter(base: Any, adapter: Path, config: Any, *, trainable: bool) -> Any:
+    stored = load_file(adapter / "adapter_model.safetensors")
+    check_finite(stored.items(), adapter)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)  # an error, below
+            model = PeftModel.from_pretrained(base, adapter, config=config, is_trainable=trainable).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # no module of that name; a tensor of another shape
+        reasons = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in reasons if line.startswith("size mismatch")), reasons[0]).rstrip(".")
+        raise PolicyError(f"{adapter} does not fit {base.config.name_or_path}: {reason}. Give the adapter of this base") from error
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if odd := sorted(stored.keys() ^ loaded.keys()):
+        raise PolicyError(
+            f"{adapter} does not fit {base.config.name_or_path}: {odd[0]} is only in the {'file' if odd[0] in stored else 'model'} ({len(odd)} such "
+            "tensors). Give the adapter of this base, or copy it again"
+        )
+    if different := [name for name, tensor in stored.items() if not torch.equal(tensor.float(), loaded[name].float().cpu())]:
+        raise PolicyError(
+            f"{adapter} was not loaded as it is: {different[0]} differs in the model; this adapter cannot be used here"
+        )
+    return _checked(model, str(adapter))
+
+
+def _checked(model: Any, what: str) -> Any:
+    """A model whose adapter is one that training, engines and the completion-only head agree on; all of its weights fp32."""
+    bare = model.get_base_model()
+    outer = [module for module in (bare.get_output_embeddings(), bare.get_input_embeddings()) if isinstance(module, BaseTunerLayer)]
+    if outer:
+        raise InputError(f"{what} adapts the head or the embeddings, which cannot be adapted: leave them out")
+    if fused := [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]:
+        raise InputError(
+            f"{what} adapts {fused[0]}, a fused parameter (experts or their router), which no engine serves: leave it out"
+        )
+    halves = {name: p.dtype for name, p in model.named_parameters() if _of_adapter(name) and p.dtype != torch.float32}
+    if halves:
+        raise PolicyError(f"adapter weights must be fp32, but these are not: {dict(list(halves.items())[:3])}")
+    return model
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part in name for part in _ADAPTER_PARTS)
 
 
 def set_training_mode(model: Any, *, gradient_checkpointing: bool) -> None:
@@ -88,6 +211,7 @@ def set_training_mode(model: Any, *, gradient_checkpointing: bool) -> None:
         if name.rsplit(".", 1)[-1] == "lora_dropout":
             module.train()
     if gradient_checkpointing:
+        # Not reentrant: gradients reach the adapters though no input of the first layer needs one, over a 4-bit base too.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -98,7 +222,7 @@ def trainable_parameters(model: Any, *, adapter_only: bool) -> dict[str, torch.n
     """What the optimizer gets, by name. Raises PolicyError if anything else, or nothing, is trainable: PEFT flips `requires_grad` when adapters
     are switched or switched off."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {name for name, _ in model.named_parameters() if not adapter_only or ".lora_A." in name or ".lora_B." in name}
+    wanted = {name for name, _ in model.named_parameters() if not adapter_only or _of_adapter(name)}
     if set(found) != wanted or not found:
         raise PolicyError(
             f"the trainable parameters are not what was asked for: missing {sorted(wanted - set(found))[:3]}, unexpected "

@@ -36,7 +36,8 @@ def build_scorer(
     autocast: what makes the context in which the scorer will be called.
     """
     bare = bare_model(model)
-    native, head = bare.config._attn_implementation, head_of(bare)
+    native = vars(bare).setdefault("attention_before_packing", bare.config._attn_implementation)  # a model may be probed again
+    head = head_of(bare)
     packed = [Scorer(model, device, True, each, native) for each in (head, None)] if forward == "auto" else []
     padded = [Scorer(model, device, False, each, native) for each in (head, None)]
     refusals = [] if packed else ["asked for"]

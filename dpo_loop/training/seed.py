@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from dpo_loop.exchange import CANARY, METRICS, SEED_VERSION
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy, write_policy
 from dpo_loop.progress import say
+from dpo_loop.training.batches import cut_for
 from dpo_loop.training.canary import everyday_sequences, pick_sequences, write_canary
 from dpo_loop.training.fit import Plan, fit
+from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.training.models import (
     add_adapter,
     build_accelerator,
@@ -28,7 +31,9 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
-from dpo_loop.training.sft import SftObjective, read_demonstrations, tokenize
+from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.sft import SftExample, SftObjective, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageOutcome
 
 _SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -74,19 +79,30 @@ def _take(out: Path, base: Path, *, revision: str | None, adapter: Path | None) 
 
 def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, demonstrations: Path) -> StageOutcome:
     policy, config = describe_policy(base, revision=revision), start.sft
-    sequences, tally = tokenize(read_demonstrations(demonstrations), policy.base, max_length=config.max_length)
-    say(f"seed: {len(sequences)} demonstrations, {sum(len(s.completion) for s in sequences)} completion tokens")
+    found = read_demonstrations(demonstrations)
+    examples, tally = tokenize(found, policy.base, max_length=config.max_length, train_on=config.train_on)
+    check_token_ids([example.sequence for example in examples], vocabulary_size(policy.base))
+    say(f"seed: {len(examples)} demonstrations, {sum(sum(example.scored) for example in examples)} completion tokens")
     accelerator = build_accelerator(config.dtype)
     loaded = load_base(policy.base, accelerator=accelerator, frozen=config.lora is not None)
     if config.lora is not None:
         loaded = add_adapter(loaded, config.lora, seed=config.seed)
-    set_training_mode(loaded, gradient_checkpointing=False)
-    rows = fit(
-        SftObjective(loaded, sequences, device=accelerator.device),
+    set_training_mode(loaded, gradient_checkpointing=config.gradient_checkpointing)
+    scorer = build_scorer(
+        loaded,
+        device=accelerator.device,
+        forward=config.forward,
+        longest=max(example.sequence.num_forwarded for example in examples),
+        autocast=accelerator.autocast,
+    )
+    objective = SftObjective(scorer, examples)
+    fitted = fit(
+        objective,
         plan=Plan(
             stage="seed",
             label="sft",
-            lengths=[sequence.num_forwarded for sequence in sequences],
+            num_tokens=[example.sequence.num_forwarded for example in examples],
+            cut=cut_for(scorer, objective.sequences),
             epochs=config.epochs,
             per_step=config.examples_per_step,
             micro_batch_tokens=config.micro_batch_tokens,
@@ -94,23 +110,40 @@ def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, 
             optimizer=config.optimizer,
             seed=config.seed,
         ),
+        model=loaded,
         parameters=trainable_parameters(loaded, adapter_only=config.lora is not None),
         accelerator=accelerator,
         keep=scratch(out),
     )
     loaded.eval()
-    write_jsonl(out / METRICS, rows)
-    if config.lora is None:
-        _save_model(loaded, out / "model", like=Path(policy.base))
-        made = describe_policy(out / "model")
-    else:
-        save_adapter(loaded, out / "adapter", policy=policy)
-        made = describe_policy(base, revision=revision, adapter=out / "adapter")
-    _publish(out, made, loaded, pick_sequences(sequences), accelerator)
+    write_jsonl(out / METRICS, fitted.rows)
+    with scorer.native():
+        if config.lora is None:
+            _save_model(loaded, out / "model", like=Path(policy.base))
+            made = describe_policy(out / "model")
+        else:
+            save_adapter(loaded, out / "adapter", policy=policy)
+            made = describe_policy(base, revision=revision, adapter=out / "adapter")
+        _publish(out, made, loaded, pick_sequences(_answers(examples)), accelerator)
     return StageOutcome(
         tallies=(tally,),
-        metrics={"kind": "sft", "steps": len(rows), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]},
+        metrics={
+            "kind": "sft",
+            "steps": len(fitted.rows),
+            "first_loss": fitted.rows[0]["loss"],
+            "last_loss": fitted.rows[-1]["loss"],
+            "packed": scorer.packed,
+            "forward_reason": scorer.reason,
+        },
     )
+
+
+def _answers(examples: Sequence[SftExample]) -> list[TokenSequence]:
+    """The first answer of each: a canary compares answers, not the turns between them."""
+    return [
+        TokenSequence(sequence.prompt, sequence.completion[: scored.index(False) if False in scored else None])
+        for sequence, scored in examples
+    ]
 
 
 def _publish(out: Path, policy: PolicyRef, loaded: Any, sequences: Any, accelerator: Any) -> None:

@@ -1,31 +1,52 @@
-"""Supervised fine-tuning on demonstrations: completion-only loss on the last assistant turn, full weights or LoRA.
+"""Supervised fine-tuning on demonstrations: completion-only loss on assistant turns, full weights or LoRA.
 
 A demonstration is {"messages": [...]} ending with an assistant turn. What is trained on is what generation will ask for: the prompt is
 the chat template with the generation prompt, the completion is the assistant's tokens with its end-of-turn token. What a
-template writes after the end of the turn (often a newline) is left out; earlier assistant turns are context.
+template writes after the end of the turn (often a newline) is never scored. `last_turn` learns the last assistant turn and takes the earlier
+ones as context; `all_turns` learns each in one sequence: from the first answer on everything is "completion", of which only answers are scored.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.logprobs import completion_logprobs
+from dpo_loop.training.logprobs import Scorer
 from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import Message, Record, Tally
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_Chat = list[dict[str, str]]
 
 
 class Demonstration(Record):
     messages: tuple[Message, ...]
+
+
+class SftExample(NamedTuple):
+    """sequence.prompt: all before the first answer that is learnt. scored: of each token of sequence.completion, whether it is learnt."""
+
+    sequence: TokenSequence
+    scored: tuple[bool, ...]
+
+
+class _Rendered(NamedTuple):
+    """A demonstration as token ids, and where the answers that are learnt lie in them; no spans where the template does not say it stably."""
+
+    ids: list[int]
+    spans: list[range]
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
@@ -53,31 +74,109 @@ def _reason(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def tokenize(demonstrations: Sequence[Demonstration], model_dir: str, *, max_length: int) -> tuple[list[TokenSequence], Tally]:
+def tokenize(
+    demonstrations: Sequence[Demonstration], model_dir: str, *, max_length: int, train_on: Literal["last_turn", "all_turns"]
+) -> tuple[list[SftExample], Tally]:
     """Demonstrations as token ids; those that are too long, or whose template does not continue its own prompt, are counted out.
 
-    Raises InputError if none is left.
+    `all_turns` takes the template's own {% generation %} marks where it has them, else it renders turn by turn.
+    Raises InputError if none is left, or for one that the template refuses.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ends = end_of_turn_ids(tokenizer, model_dir)
     chats = [[message.model_dump() for message in row.messages] for row in demonstrations]
-    prompts = tokenizer.apply_chat_template([chat[:-1] for chat in chats], add_generation_prompt=True, return_dict=False)
-    wholes = tokenizer.apply_chat_template(chats, return_dict=False)
-    sequences, fates = [], Counter[str]()
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        completion = _up_to_end_of_turn(whole[len(prompt) :], ends)
-        if whole[: len(prompt)] != prompt or not completion:
+    if train_on == "all_turns" and _GENERATION_TAG.search(tokenizer.get_chat_template()):
+        rendered = list(_marked(tokenizer, chats, ends))
+    else:
+        rendered = list(_turn_by_turn(tokenizer, chats, ends, every=train_on == "all_turns"))
+    examples, fates = [], Counter[str]()
+    for ids, spans in rendered:
+        if not spans:
             fates["template_mismatch"] += 1
-        elif len(prompt) + len(completion) > max_length:
+        elif spans[-1].stop > max_length:
             fates["too_long"] += 1
         else:
             fates["trained"] += 1
-            sequences.append(TokenSequence(tuple(prompt), tuple(completion)))
-    if not sequences:
+            examples.append(_example(ids, spans))
+    if not examples:
         raise InputError(
             f"none of {len(demonstrations)} demonstrations can be trained on: {dict(fates)}; see max_length and the chat template"
         )
-    return sequences, Tally(of="demonstrations", total=len(demonstrations), parts=dict(fates))
+    return examples, Tally(of="demonstrations", total=len(demonstrations), parts=dict(fates))
+
+
+def _example(ids: Sequence[int], spans: Sequence[range]) -> SftExample:
+    first, end = spans[0].start, spans[-1].stop
+    scored = [False] * (end - first)
+    for span in spans:
+        for position in span:
+            scored[position - first] = True
+    return SftExample(TokenSequence(tuple(ids[:first]), tuple(ids[first:end])), tuple(scored))
+
+
+def _turn_by_turn(tokenizer: Any, chats: Sequence[_Chat], ends: frozenset[int], *, every: bool) -> Iterator[_Rendered]:
+    """Each answer is what the template adds to its own generation prompt; the whole must then hold prompt and answer at the same place."""
+    turns = [[turn for turn in _answers(chat) if every or turn == len(chat) - 1] for chat in chats]
+    prompts = iter(_ids(tokenizer, [chat[:turn] for chat, of in zip(chats, turns, strict=True) for turn in of], prompt=True))
+    answered = iter(_ids(tokenizer, [chat[: turn + 1] for chat, of in zip(chats, turns, strict=True) for turn in of], prompt=False))
+    for whole, of in zip(_ids(tokenizer, chats, prompt=False), turns, strict=True):
+        spans, stable = [], True
+        for _ in of:
+            prompt, upto = next(prompts), next(answered)
+            completion = _up_to_end_of_turn(upto[len(prompt) :], ends)
+            end = len(prompt) + len(completion)
+            stable &= bool(prompt and completion) and upto[: len(prompt)] == prompt and whole[:end] == upto[:end]
+            spans.append(range(len(prompt), end))
+        yield _Rendered(whole, spans if stable else [])
+
+
+def _answers(chat: _Chat) -> list[int]:
+    """Assistant turns that say something to somebody; an opening one answers nothing and stays context."""
+    return [turn for turn, each in enumerate(chat) if turn and each["role"] == "assistant" and each["content"].strip()]
+
+
+def _marked(tokenizer: Any, chats: Sequence[_Chat], ends: frozenset[int]) -> Iterator[_Rendered]:
+    """Answers as the template marks them, up to their end-of-turn token: also where the mark ends just before it, else it would never be learnt."""
+    for chat in chats:
+        try:
+            found = tokenizer.apply_chat_template([chat], return_dict=True, return_assistant_tokens_mask=True)
+        except TemplateError as error:
+            raise _refused(chat, error) from error
+        (ids,), (mask,) = found["input_ids"], found["assistant_masks"]
+        spans = []
+        for is_answer, positions in groupby(range(len(ids)), key=lambda position: mask[position]):
+            run = list(positions)
+            start, end = max(run[0], 1), run[-1] + 1  # the very first token has nothing before it
+            if not is_answer:
+                continue
+            if not ends.intersection(ids[start:end]):
+                end += end < len(ids) and ids[end] in ends
+            else:
+                end = start + len(_up_to_end_of_turn(ids[start:end], ends))
+            if not ends.issuperset(ids[start:end]):
+                spans.append(range(start, end))
+        yield _Rendered(ids, spans)
+
+
+def _ids(tokenizer: Any, chats: Sequence[_Chat], *, prompt: bool) -> list[list[int]]:
+    """Raises InputError with the chat that the template refuses, such as roles that do not alternate."""
+    try:
+        found: list[list[int]] = tokenizer.apply_chat_template(list(chats), add_generation_prompt=prompt, return_dict=False)
+    except TemplateError:
+        for chat in chats:
+            try:
+                tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
+            except TemplateError as error:
+                raise _refused(chat, error) from error
+        raise
+    return found
+
+
+def _refused(chat: _Chat, error: TemplateError) -> InputError:
+    roles, opening = " ".join(each["role"] for each in chat), chat[0]["content"][:60]
+    return InputError(
+        f"the chat template refuses the demonstration that begins {opening!r} (roles: {roles}): {error}. Mend or remove it"
+    )
 
 
 def end_of_turn_ids(tokenizer: Any, model_dir: str) -> frozenset[int]:
@@ -98,16 +197,24 @@ def _up_to_end_of_turn(completion: Sequence[int], ends: frozenset[int]) -> list[
 
 
 class SftObjective:
-    """Mean negative log-likelihood per completion token of the optimizer step."""
+    """Mean negative log-likelihood per scored token of the optimizer step."""
 
-    def __init__(self, model: Any, sequences: Sequence[TokenSequence], *, device: torch.device) -> None:
-        self.model, self.sequences, self.device = model, sequences, device
+    def __init__(self, scorer: Scorer, examples: Sequence[SftExample]) -> None:
+        self.scorer, self.examples = scorer, examples
+
+    def sequences(self, row: int) -> list[TokenSequence]:
+        return [self.examples[row].sequence]
 
     def size(self, rows: Sequence[int]) -> int:
-        return sum(len(self.sequences[row].completion) for row in rows)
+        return sum(sum(self.examples[row].scored) for row in rows)
 
-    def sums(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"loss": -completion_logprobs(self.model, [self.sequences[row] for row in rows], device=self.device).sum()}
+    def estimates(self, rows: Sequence[int]) -> dict[str, Tensor]:  # noqa: ARG002
+        return {}
+
+    def sums(self, rows: Sequence[int], *, estimates: Mapping[str, float]) -> dict[str, Tensor]:  # noqa: ARG002
+        logps_N = self.scorer([self.examples[row].sequence for row in rows]).logps_N
+        scored_N = torch.tensor([scored for row in rows for scored in self.examples[row].scored], device=logps_N.device)
+        return {"loss": -logps_N[scored_N].sum()}
 
     def metrics(self, sums: Mapping[str, float], rows: Sequence[int], *, step: int) -> dict[str, float]:  # noqa: ARG002
         return {"loss": sums["loss"] / self.size(rows), "examples": len(rows)}

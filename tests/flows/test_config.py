@@ -16,6 +16,7 @@ from flows.config import apply_overrides, changed_keys, load_config, read_raw
 from flows.preflight import check, checked_config, preflight
 from flows.rounds import adopt_config, begin_round
 from flows.steps import read_run_config, run_step
+from tests.builders import write_safetensors
 from tests.flows.runs import raw_config, small_config, started_run, write_config
 
 
@@ -27,6 +28,10 @@ def problems_of(raw: dict[str, object]) -> list[str]:
 
 def keys_of(problems: list[str]) -> set[str]:
     return {line.partition(":")[0] for line in problems}
+
+
+def training(**keys: object) -> dict[str, object]:
+    return {"training": {"loss": {"kind": "sigmoid"}} | keys}
 
 
 def test_a_whole_config_has_no_problems(tmp_path: Path) -> None:
@@ -141,10 +146,26 @@ def test_paths_of_union_members_are_those_of_the_file(tmp_path: Path) -> None:
         ({"stage_python": {"bake": sys.executable}}, "stage_python.bake"),
         ({"judge": {"kind": "verifier", "function": "no_such_module:f"}}, "judge.function"),
         ({"judge": {"kind": "verifier", "function": "dpo_loop.quickstart.verifier:no_such"}}, "judge.function"),
+        (training(lora={"variant": "dora"}), "training.lora.variant"),
+        (training(lora={"target": "q_proj, model.lm_head"}), "training.lora.target"),
+        (training(quantize_base="nf4", dtype="float32"), "training.quantize_base"),
     ],
 )
 def test_preflight_names_the_key(tmp_path: Path, changes: dict[str, object], key: str) -> None:
     assert key in keys_of(problems_of(raw_config(tmp_path / "run", **changes)))
+
+
+def test_adapters_that_no_engine_serves_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    start = {
+        "kind": "sft",
+        "model": "world:model",
+        "demonstrations": "world:demonstrations.jsonl",
+        "sft": {"lora": {"variant": "dora", "rank": 99}},
+    }
+    raw = raw_config(tmp_path / "run", start=start, **training(lora={"variant": "rslora"}))
+    problems = problems_of(raw)
+    assert keys_of(problems) == {"start.sft.lora.variant", "start.sft.lora.rank"}
+    assert any("dora is not served by vLLM, which every round's policy must be; take rslora or lora" in line for line in problems)
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -160,9 +181,10 @@ def test_an_incomplete_model_and_a_foreign_adapter_are_named_before_an_engine_st
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_text("{}")
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    write_safetensors(model / "model.safetensors", {"w.weight": ("F32", (1,))})
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 32, "base_model_name_or_path": "org/other"}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    halves = {"base_model.model.q.lora_A.weight": ("F32", (32, 1)), "base_model.model.q.lora_B.weight": ("F32", (1, 32))}
+    write_safetensors(adapter / "adapter_model.safetensors", halves)
     problems = preflight(small_config(tmp_path / "run", start={"kind": "model", "model": str(model), "adapter": str(adapter)}))
     assert len(problems) == 2
     assert "org/other" in problems[0]

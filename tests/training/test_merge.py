@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_loop.config import OptimizerConfig
+from dpo_loop.config import LoraShape, OptimizerConfig
 from dpo_loop.errors import PolicyError
 from dpo_loop.policies import describe_policy, model_problems, read_policy
 from dpo_loop.training.merge import TOLERANCE, merge
@@ -51,6 +52,32 @@ def test_a_merged_model_says_what_base_and_adapter_say_without_peft(tmp_path: Pa
     together = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert together.dtype is torch.float32
     assert (logits(together, tokenizer) - logits(apart, tokenizer)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_an_adapter_of_another_variant_is_trained_saved_continued_and_merged_alike(
+    tmp_path: Path, base: PolicyRef, pairs: Path, variant: str
+) -> None:
+    """The log-probs are those that training left, of base + adapter as PEFT loads it, and of the merged model."""
+    lora = LoraShape(rank=4, alpha=8, variant=variant)
+    config = training_config(optimizer=OptimizerConfig(lr=1e-2), lora=lora)
+    train(tmp_path / "one", pairs=pairs, policy=base, config=config)
+    policy = read_policy(stage_dir(tmp_path / "one"))
+    shape = json.loads((Path(policy.adapter) / "adapter_config.json").read_text())
+    assert (shape["use_rslora"], shape["use_dora"]) == (variant == "rslora", variant == "dora")
+    figures = merge(policy, tmp_path / "out")
+    assert figures.adapter_effect > 0.1
+    assert figures.merge_difference <= figures.allowed
+    assert figures.stored_difference <= figures.allowed
+    assert figures.canary_distance < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(policy.base), policy.adapter)
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokenizer) - logits(apart, tokenizer)).abs().max() < 1e-4
+    config = training_config(optimizer=OptimizerConfig(lr=1e-6))
+    going_on = train(tmp_path / "two", pairs=pairs, policy=policy, config=config).outcome.metrics
+    assert going_on["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    again = json.loads((Path(read_policy(stage_dir(tmp_path / "two")).adapter) / "adapter_config.json").read_text())
+    assert again == shape
 
 
 def test_tokenizer_and_chat_template_are_those_of_the_base_byte_by_byte(tmp_path: Path, trained: PolicyRef) -> None:

@@ -1,17 +1,68 @@
-"""What may be trained, and where dropout may live."""
+"""What may be trained, where dropout may live, and which bases and adapters are refused before anything is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from dpo_loop.config import LoraShape
-from dpo_loop.errors import PolicyError
-from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
+from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
+from dpo_loop.training.models import (
+    add_adapter,
+    build_accelerator,
+    continue_adapter,
+    load_base,
+    load_policy,
+    save_adapter,
+    set_training_mode,
+    trainable_parameters,
+)
+from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef
+from tests.builders import build_adapter, build_model
+
+ACCELERATOR = build_accelerator("float32")
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def fresh(base: PolicyRef, *, seed: int = 0, **shape: object) -> torch.nn.Module:
+    loaded = load_base(base.base, accelerator=ACCELERATOR, frozen=True)
+    return add_adapter(loaded, LoraShape.model_validate({"rank": 2} | shape), seed=seed)
+
+
+def made(config: object) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
 
 
 def test_a_parameter_that_peft_left_trainable_is_found(base: PolicyRef) -> None:
     """T15: leaving `disable_adapter()` or switching adapters turns gradients on where nobody asked for them."""
-    model = add_adapter(load_base(base.base, accelerator=build_accelerator("float32"), frozen=True), LoraShape(rank=2), seed=0)
+    model = fresh(base)
     assert all(".lora_" in name for name in trainable_parameters(model, adapter_only=True))
     model.get_base_model().lm_head.weight.requires_grad_(True)
     with pytest.raises(PolicyError, match=r"unexpected \['base_model.model.lm_head.weight'\]"):
@@ -23,7 +74,7 @@ def test_a_parameter_that_peft_left_trainable_is_found(base: PolicyRef) -> None:
 
 def test_dropout_is_live_in_lora_layers_only(base: PolicyRef) -> None:
     """T26: any other dropout would make the policy differ from its own reference."""
-    bare = load_base(base.base, accelerator=build_accelerator("float32"), frozen=True)
+    bare = load_base(base.base, accelerator=ACCELERATOR, frozen=True)
     bare.model.layers[0].mlp.extra = torch.nn.Dropout(0.5)
     model = add_adapter(bare, LoraShape(rank=2, dropout=0.1), seed=0)
     set_training_mode(model, gradient_checkpointing=False)
@@ -32,12 +83,265 @@ def test_dropout_is_live_in_lora_layers_only(base: PolicyRef) -> None:
     assert all("lora_dropout" in name for name in live)
 
 
-def test_a_fresh_adapter_is_a_function_of_its_seed_and_says_what_the_base_says(base: PolicyRef) -> None:
-    accelerator = build_accelerator("float32")
-    made = [add_adapter(load_base(base.base, accelerator=accelerator, frozen=True), LoraShape(rank=2), seed=s) for s in (3, 3, 4)]
-    one, same, other = (torch.cat([p.flatten() for n, p in m.named_parameters() if ".lora_A." in n]) for m in made)
+def test_a_fresh_adapter_is_a_function_of_its_seed(base: PolicyRef) -> None:
+    one, same, other = (
+        torch.cat([p.flatten() for n, p in fresh(base, seed=seed).named_parameters() if ".lora_A." in n]) for seed in (3, 3, 4)
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    ids = torch.tensor([[5, 6, 7]])
-    bare = load_base(base.base, accelerator=accelerator, frozen=True)
-    assert torch.equal(made[0](ids).logits, bare(ids).logits)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_a_fresh_adapter_says_what_the_base_says(base: PolicyRef, variant: str) -> None:
+    bare = load_base(base.base, accelerator=ACCELERATOR, frozen=True)
+    assert torch.allclose(logits(fresh(base, variant=variant)), logits(bare), atol=0 if variant != "dora" else 1e-5, rtol=0)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(base: PolicyRef) -> None:
+    """alpha / sqrt(rank) = 8 / 2 where LoRA has alpha / rank = 8 / 4: the same B says twice as much (arXiv 2312.03732 eq. 4)."""
+    layer = {
+        variant: fresh(base, rank=4, alpha=8, variant=variant).base_model.model.model.layers[0].mlp.up_proj
+        for variant in ("lora", "rslora")
+    }
+    assert {variant: each.scaling["default"] for variant, each in layer.items()} == {"lora": 2.0, "rslora": 4.0}
+
+
+def test_dora_learns_a_magnitude_for_every_output(base: PolicyRef) -> None:
+    """At the start it is the norm of each row of W, arXiv 2402.09353 eq. 5."""
+    model = fresh(base, variant="dora")
+    found = trainable_parameters(model, adapter_only=True)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    magnitude = found["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight"]
+    assert torch.allclose(magnitude, layer.base_layer.weight.norm(dim=1))
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_adapters_are_fp32_over_a_base_of_16_bits(base: PolicyRef, variant: str) -> None:
+    """T25: an update smaller than the last bit of a bf16 weight is lost."""
+    half = load_base(base.base, accelerator=ACCELERATOR, frozen=True).to(torch.bfloat16)
+    model = add_adapter(half, LoraShape(rank=2, variant=variant), seed=0)
+    assert {p.dtype for p in trainable_parameters(model, adapter_only=True).values()} == {torch.float32}
+    assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_an_adapter_that_is_saved_and_continued_is_the_same_to_the_bit(
+    tmp_path: Path, base: PolicyRef, variant: str, gradient_checkpointing: bool
+) -> None:
+    model = fresh(base, variant=variant)
+    set_training_mode(model, gradient_checkpointing=gradient_checkpointing)
+    parameters = trainable_parameters(model, adapter_only=True)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        assert all(p.grad is not None for p in parameters.values())
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    save_adapter(model, tmp_path / "adapter", policy=base)
+    again = continue_adapter(load_base(base.base, accelerator=ACCELERATOR, frozen=True), tmp_path / "adapter", dropout=0.0)
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(again) - logits(load_base(base.base, accelerator=ACCELERATOR, frozen=True))).abs().max() > 1e-3
+    config = again.peft_config["default"]
+    assert (config.use_rslora, config.use_dora) == (variant == "rslora", variant == "dora")
+    assert trainable_parameters(again, adapter_only=True).keys() == parameters.keys()
+
+
+# -------------------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (GPTNeoXConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        (GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2), {"c_attn", "c_proj", "c_fc"}),
+        (LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True),
+         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (MixtralConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2),
+         {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (Qwen2MoeConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2),
+         {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        (BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        (MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1), {"in_proj", "x_proj"}),
+    ],
+    ids=["neox", "gpt2", "tied-llama", "mixtral", "qwen2-moe", "bloom", "mamba"],
+)  # fmt: skip
+def test_all_linear_is_every_linear_layer_but_head_and_embeddings(tmp_path: Path, config: object, wanted: set[str]) -> None:
+    made(config).save_pretrained(tmp_path)
+    model = add_adapter(load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True), LoraShape(rank=2), seed=0)
+    names = trainable_parameters(model, adapter_only=True)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == wanted
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("q_proj, lm_head", "names lm_head; the head and the embeddings cannot be adapted"),
+        ("q_proj,c_attn", "names c_attn, which .* does not have; its linear layers are down_proj, gate_proj"),
+        ("model.layers.7.mlp.up_proj", "names model.layers.7.mlp.up_proj, which"),
+        ("mlp", "does not fit"),
+    ],
+)
+def test_a_target_that_does_not_exist_or_cannot_be_adapted_is_named(base: PolicyRef, target: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fresh(base, target=target)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("q_proj, gate", "adapts .*mlp.gate, a fused parameter"), ("experts", "does not fit"), ("w1", "its linear layers are k_proj")],
+)
+def test_experts_and_their_router_are_refused_by_name(target: str, said: str) -> None:
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about its own conversion of such a config
+        with pytest.raises(InputError, match=said):
+            add_adapter(made(config), LoraShape(rank=2, target=target), seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- bases
+
+
+def copy_of(base: PolicyRef, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    shutil.copytree(base.base, folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_base_with_weights_that_are_no_numbers_is_refused_with_the_first_tensor(
+    tmp_path: Path, base: PolicyRef, value: float
+) -> None:
+    folder, weights = copy_of(base, tmp_path / "model")
+    weights["model.layers.1.mlp.up_proj.weight"][0, :3] = value
+    store(folder, weights)
+    with pytest.raises(PolicyError, match=r"3 of 8192 weights in model\.layers\.1\.mlp\.up_proj\.weight are NaN or infinite"):
+        load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+def test_large_weights_whose_sum_overflows_are_numbers(tmp_path: Path, base: PolicyRef) -> None:
+    folder, weights = copy_of(base, tmp_path / "model")
+    weights["model.norm.weight"].fill_(3e38)
+    store(folder, weights)
+    load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+def test_a_base_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Path, base: PolicyRef) -> None:
+    folder, weights = copy_of(base, tmp_path / "model")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    store(folder, weights)
+    with pytest.raises(PolicyError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 tensors\)"):
+        load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+def test_a_tied_head_is_not_a_missing_one(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    made(config).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_soft_capped_model_gets_the_attention_that_does_not_drop_the_cap(tmp_path: Path) -> None:
+    """T34: transformers' sdpa ignores it without a word."""
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16
+    )  # fmt: skip
+    made(config).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True).config._attn_implementation == "eager"
+
+
+def test_models_loaded_from_one_directory_do_not_share_a_config(base: PolicyRef) -> None:
+    """T33: switching the attention of one would switch the other's."""
+    one, two = (load_base(base.base, accelerator=ACCELERATOR, frozen=True) for _ in range(2))
+    one.set_attn_implementation("eager")
+    assert two.config._attn_implementation == "sdpa"
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(base: PolicyRef) -> None:
+    assert vocabulary_size(base.base) == 320
+    fine = TokenSequence((0, 319), (5,))
+    check_token_ids([fine, fine], 320)
+    with pytest.raises(InputError, match="sequence 1: token id 320 in its completion is not in the model's vocabulary of 320"):
+        check_token_ids([fine, TokenSequence((1,), (2, 320, 321))], 320)
+    with pytest.raises(InputError, match="sequence 0: token id -1 in its prompt"):
+        check_token_ids([TokenSequence((-1,), (2,))], 320)
+
+
+def test_a_base_in_4_bits_is_refused_where_it_cannot_be_computed(base: PolicyRef) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(
+        InputError, match=r"training\.quantize_base: nf4 needs a CUDA device \(this trains on cpu\).*leave the key out"
+    ):
+        load_policy(base, accelerator=ACCELERATOR, quantize_base="nf4")
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+
+def damaged(adapted: PolicyRef, folder: Path, **config: object) -> tuple[Path, dict[str, torch.Tensor]]:
+    shutil.copytree(str(adapted.adapter), folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder, load_file(folder / "adapter_model.safetensors")
+
+
+def carry_on(adapted: PolicyRef, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    continue_adapter(load_base(adapted.base, accelerator=ACCELERATOR, frozen=True), folder, dropout=0.0)
+
+
+def test_an_adapter_with_weights_that_are_no_numbers_is_refused(tmp_path: Path, adapted: PolicyRef) -> None:
+    folder, weights = damaged(adapted, tmp_path / "adapter")
+    name = next(name for name in weights if "layers.1" in name and "lora_B" in name)
+    weights[name][0, 0] = float("nan")
+    with pytest.raises(PolicyError, match=f"1 of .* weights in {name} are NaN"):
+        carry_on(adapted, folder, weights)
+
+
+def test_an_adapter_of_which_a_part_is_gone_is_not_filled_up(tmp_path: Path, adapted: PolicyRef) -> None:
+    """PEFT warns, and trains on with a fresh part."""
+    folder, weights = damaged(adapted, tmp_path / "adapter")
+    (gone,) = [name for name in weights if "layers.1.mlp.up_proj.lora_B" in name]
+    del weights[gone]
+    with pytest.raises(PolicyError, match=f"{gone} is only in the model"):
+        carry_on(adapted, folder, weights)
+
+
+def test_an_adapter_with_parts_for_other_modules_is_refused(tmp_path: Path, adapted: PolicyRef) -> None:
+    """PEFT leaves them out without a word."""
+    folder, weights = damaged(adapted, tmp_path / "adapter")
+    weights |= {name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in weights.items() if "layers.1" in name}
+    with pytest.raises(PolicyError, match=r"layers\.2\..* is only in the file"):
+        carry_on(adapted, folder, weights)
+
+
+def test_an_adapter_of_another_shape_or_of_other_modules_is_refused(tmp_path: Path, adapted: PolicyRef) -> None:
+    wide = build_model(tmp_path / "wide", hidden=128)
+    adapter = build_adapter(tmp_path / "adapter", wide, rank=4)
+    with pytest.raises(
+        PolicyError, match=r"does not fit .*: size mismatch for .*q_proj.lora_A.* is torch.Size\(\[4, 64\]\)\. Give"
+    ):
+        continue_adapter(load_base(adapted.base, accelerator=ACCELERATOR, frozen=True), adapter, dropout=0.0)
+    folder, weights = damaged(adapted, tmp_path / "elsewhere", target_modules=["c_attn"])
+    with pytest.raises(PolicyError, match=r"does not fit .*c_attn"):
+        carry_on(adapted, folder, weights)
+
+
+def test_some_layers_only_and_another_alpha_here_and_there_are_continued(tmp_path: Path, base: PolicyRef) -> None:
+    shape = {"layers_to_transform": [1], "alpha_pattern": {"up_proj": 2}, "target_modules": ["up_proj", "q_proj"]}
+    adapter = build_adapter(tmp_path / "adapter", Path(base.base), rank=4, **shape)
+    model = continue_adapter(load_base(base.base, accelerator=ACCELERATOR, frozen=True), adapter, dropout=0.0)
+    save_adapter(model, tmp_path / "again", policy=base)
+    again = continue_adapter(load_base(base.base, accelerator=ACCELERATOR, frozen=True), tmp_path / "again", dropout=0.0)
+    assert all("layers.1" in name for name in trainable_parameters(again, adapter_only=True))
+    assert torch.equal(logits(again), logits(model))

@@ -105,6 +105,14 @@ def test_the_probe_leaves_the_model_as_it_was() -> None:
         assert parameter.requires_grad == before[name][1]
 
 
+def test_a_model_that_was_packed_can_be_probed_again() -> None:
+    model = with_adapter(build("llama"))
+    first = build_scorer(model, device=CPU, forward="auto")
+    again = build_scorer(model, device=CPU, forward="padded")
+    assert again.native_attention == first.native_attention == "sdpa"
+    assert torch.allclose(again(ragged()).logps_N, separate(model), atol=1e-5)
+
+
 def test_padded_rows_are_taken_when_they_are_asked_for() -> None:
     model = with_adapter(build("llama"))
     scorer = build_scorer(model, device=CPU, forward="padded")

@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dpo_loop.training.fit
+import dpo_loop.training.step_lines
 from dpo_loop.artifacts import materialize
 from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, Start
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.exchange import CANARY, METRICS
 from dpo_loop.policies import adapter_problems, base_name, model_problems, read_policy
 from dpo_loop.training.seed import SEED
-from dpo_loop.training.sft import Demonstration, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageManifest
 from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
@@ -75,7 +74,7 @@ def test_sft_on_all_weights_publishes_a_whole_model_that_learned(tmp_path: Path,
 def test_every_progress_line_is_one_that_the_command_line_shows(
     tmp_path: Path, base: PolicyRef, demonstrations: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dpo_loop.training.fit, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(dpo_loop.training.step_lines, "SAY_EVERY_S", 0.0)
     seed(tmp_path, sft_start(epochs=1), Path(base.base), demonstrations=demonstrations)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not is_progress("seed", line)] == []
@@ -94,25 +93,40 @@ def test_sft_with_lora_publishes_an_adapter_over_the_same_base(tmp_path: Path, b
     assert plain_difference(row, policy.base, None, "base_logprobs") < 1e-5
 
 
-def test_only_the_assistants_tokens_and_its_end_of_turn_are_scored(base: PolicyRef) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base.base)
-    row = Demonstration.model_validate(demonstration("count", "five"))
-    ((prompt, completion),), _ = tokenize([row], base.base, max_length=64)
-    assert tokenizer.decode(prompt) == "<|user|>count<|end|><|assistant|>"
-    assert tokenizer.decode(completion) == "five<|end|>"
-    assert completion[-1] == tokenizer.eos_token_id
+@pytest.mark.parametrize("lora", [None, LoraShape(rank=4, alpha=8)])
+@pytest.mark.parametrize("train_on", ["last_turn", "all_turns"])
+def test_packed_and_padded_sft_have_the_same_losses(tmp_path: Path, base: PolicyRef, lora: LoraShape | None, train_on: str) -> None:
+    """With conversations of two turns; packed rows are recomputed in the backward pass, padded ones are not."""
+    talks = [
+        demonstration(f"say {one}", one)["messages"] + demonstration(f"count {two}", two)["messages"]
+        for one in WORDS
+        for two in WORDS
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    curves, packed = {}, {}
+    for forward in ("auto", "padded"):
+        start = sft_start(epochs=1, lora=lora, train_on=train_on, forward=forward, gradient_checkpointing=forward == "auto")
+        manifest = seed(tmp_path / forward, start, Path(base.base), demonstrations=path)
+        packed[forward] = manifest.outcome.metrics["packed"]
+        curves[forward] = [row["loss"] for row in rows(tmp_path / forward / "rounds/000/seed" / METRICS)]
+    assert packed == {"auto": True, "padded": False}
+    assert curves["auto"] == pytest.approx(curves["padded"], rel=1e-4)
+    assert curves["auto"][-1] < curves["auto"][0]
 
 
-def test_what_a_template_writes_after_the_end_of_the_turn_is_left_out(tmp_path: Path) -> None:
-    """T5: with ChatML the newline after <|im_end|> would be scored, though no engine ever samples it."""
+def test_demonstrations_with_tokens_that_the_model_does_not_know_are_refused(
+    tmp_path: Path, base: PolicyRef, demonstrations: Path
+) -> None:
+    """A tokenizer with added tokens beside a model whose embeddings were not resized."""
     model = build_model(tmp_path / "model")
-    template = (model / "chat_template.jinja").read_text()
-    (model / "chat_template.jinja").write_text(template.replace("<|end|>{% endfor %}", "<|end|>\n{% endfor %}"))
-    row = Demonstration.model_validate(demonstration("count", "five"))
-    ((prompt, completion),), _ = tokenize([row], str(model), max_length=64)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    assert tokenizer.decode(prompt) == "<|user|>count<|end|>\n<|assistant|>"
-    assert tokenizer.decode(completion) == "five<|end|>"
+    tokenizer.add_tokens([f"<|new{number}|>" for number in range(60)])
+    tokenizer.save_pretrained(model)
+    path = tmp_path / "new.jsonl"
+    path.write_text(json.dumps(demonstration("count", "<|new59|>")) + "\n")
+    with pytest.raises(InputError, match=r"sequence 0: token id \d+ in its completion is not in the model's vocabulary of 320"):
+        seed(tmp_path, sft_start(), model, demonstrations=path)
 
 
 def test_a_model_is_taken_as_it_is_with_a_canary_of_everyday_text(tmp_path: Path, base: PolicyRef) -> None:
@@ -170,25 +184,3 @@ from dpo_loop.training.seed import SEED
 out = Path(sys.argv[1]) / "rounds/000/seed"
 materialize(SEED, out, start=ModelStart(kind="model", model="someone/tiny"), model=None, adapter=None, demonstrations=None)
 """
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "Expecting property name"),
-        ('{"prompt": "x"}', "no 'messages'"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "does not end with an assistant turn"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "Input should be"),
-        ("[1]", "list indices"),
-    ],
-)
-def test_a_line_that_is_no_demonstration_is_named(tmp_path: Path, line: str, reason: str) -> None:
-    path = tmp_path / "demonstrations.jsonl"
-    path.write_text(json.dumps(demonstration("a", "b")) + "\n" + line + "\n")
-    with pytest.raises(InputError, match=f":2 .*{reason}"):
-        read_demonstrations(path)
-
-
-def test_demonstrations_of_which_none_fits_are_an_error(base: PolicyRef) -> None:
-    with pytest.raises(InputError, match=r"'too_long': 1"):
-        tokenize([Demonstration.model_validate(demonstration("count", "five"))], base.base, max_length=2)

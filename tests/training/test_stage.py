@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_loop.artifacts import scratch
-from dpo_loop.config import LoraShape, OptimizerConfig
+from dpo_loop.config import AlarmLimits, AlarmsConfig, HeldOutConfig, LoraShape, OptimizerConfig
 from dpo_loop.errors import CorruptArtifactError, InputError, NoPairsError, PolicyError, TrainingDivergedError
-from dpo_loop.exchange import CANARY, DROPPED, METRICS
+from dpo_loop.exchange import ALARMS, CANARY, DROPPED, METRICS
+from dpo_loop.files import write_jsonl
 from dpo_loop.policies import ADAPTER_ORIGIN, adapter_problems, describe_policy, read_policy
+from dpo_loop.training.fit import CHECKPOINTS
+from dpo_loop.training.held_out import held_out_rows
 from dpo_loop.types import PolicyRef
 from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
@@ -50,7 +53,8 @@ def test_every_progress_line_is_one_that_the_command_line_shows(
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not is_progress("train", line)] == []
     assert "train: reference 88/88 completions" in lines
-    assert lines[-1].startswith("train: dpo step 6/6, loss ")
+    assert lines[-1].startswith("train: sigmoid step 6/6, loss ")
+    assert lines[-1].endswith(" tok/s, 0 s left")
 
 
 def test_the_adapter_carries_no_path_and_no_order_that_changes_between_machines(
@@ -124,22 +128,133 @@ def test_run_start_as_reference_gives_the_rewards_of_the_adapter_so_far(
     assert abs(row["loss"] - math.log(2)) > 1e-3
 
 
-def test_long_identical_and_empty_pairs_are_dropped_with_a_reason_and_counted(tmp_path: Path, base: PolicyRef) -> None:
+def test_pairs_that_cannot_be_trained_on_are_dropped_with_a_reason_and_counted(tmp_path: Path, base: PolicyRef) -> None:
     odd = [
         make_pair("long", prompt=(5,) * 100, chosen=(6,) * 28 + (END,), rejected=(7,)),
         make_pair("same", prompt=(5,), chosen=(6, END), rejected=(6, END)),
-        make_pair("none", prompt=(5,), chosen=(END,), rejected=()),
+        make_pair("half", prompt=(5,), chosen=(END,), rejected=()),
+        make_pair("mute", prompt=(5,), chosen=(), rejected=()),
+        make_pair("none", prompt=(), chosen=(6, END), rejected=(7,)),
+        make_pair("full", prompt=(5,) * 128, chosen=(6, END), rejected=(7,)),
         make_pair("fits", prompt=(5,) * 100, chosen=(6,) * 27 + (END,), rejected=(7,)),
     ]
     pairs = write_pairs(tmp_path / "pair", odd + make_pairs(8))
     manifest = train(tmp_path, pairs=pairs, policy=base, config=training_config(max_length=128))
-    assert manifest.outcome.tallies[0].parts == {"trained": 9, "too_long": 1, "identical": 1, "empty": 1}
+    counts = {"trained": 9, "too_long": 1, "identical": 1, "one_sided": 1, "empty": 2, "prompt_too_long": 1}
+    assert manifest.outcome.tallies[0].parts == counts
     reasons = {row["prompt_id"]: (row["reason"], row["num_tokens"]) for row in rows(stage_dir(tmp_path) / DROPPED)}
-    assert reasons == {"long": ("too_long", 129), "same": ("identical", 3), "none": ("empty", 2)}
+    assert reasons == {
+        "long": ("too_long", 129),
+        "same": ("identical", 3),
+        "half": ("one_sided", 2),
+        "mute": ("empty", 1),
+        "none": ("empty", 2),
+        "full": ("prompt_too_long", 130),
+    }
+
+
+@pytest.mark.parametrize("token", [320, -1])
+def test_a_token_id_that_the_model_does_not_have_is_named_with_its_pair(token: int, tmp_path: Path, base: PolicyRef) -> None:
+    odd = make_pair("odd", prompt=(5,), chosen=(6, token), rejected=(7,))
+    pairs = write_pairs(tmp_path / "pair", [*make_pairs(3), odd])
+    with pytest.raises(
+        InputError, match=rf"pair 4 \(prompt odd, odd-c over odd-r\) has the token id {token} in its chosen.*320 tokens"
+    ):
+        train(tmp_path, pairs=pairs, policy=base, config=training_config())
+    assert not stage_dir(tmp_path).exists()
+
+
+def test_held_out_pairs_are_looked_at_and_not_trained_on(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    held_out = HeldOutConfig(share=0.2, min_pairs=4, every_steps=2)
+    manifest = train(tmp_path, pairs=pairs, policy=base, config=training_config(held_out=held_out))
+    assert manifest.outcome.tallies[0].parts == {"trained": 36, "held_out": 8}
+    metrics = rows(stage_dir(tmp_path) / METRICS)
+    assert [row["step"] for row in metrics if "held_out_loss" in row] == [2, 4, 5]
+    assert sum(row["pairs"] for row in metrics) == manifest.outcome.metrics["pairs_seen"] == 36
+    assert manifest.outcome.metrics["last_held_out_accuracy"] == metrics[-1]["held_out_accuracy"]
+    assert manifest.outcome.metrics["last_held_out_margin"] == metrics[-1]["held_out_margin"]
+
+
+def test_pairs_of_one_prompt_are_held_out_together_and_more_pairs_move_none_back() -> None:
+    config = HeldOutConfig(share=0.25, min_pairs=2)
+    ids = [f"p{index % 10}" for index in range(40)]
+    held = held_out_rows(ids, config, seed=0)
+    prompts = {ids[row] for row in held}
+    assert len(held) == 8  # two prompts of four pairs; a third would be more than 10 pairs
+    assert {row for row, prompt in enumerate(ids) if prompt in prompts} == set(held)
+    assert {[*reversed(ids)][row] for row in held_out_rows([*reversed(ids)], config, seed=0)} == prompts
+    more = [*ids, *(f"q{index}" for index in range(20))]
+    assert {more[row] for row in held_out_rows(more, config, seed=0)} & set(ids) <= prompts | set(ids)
+    assert held_out_rows(ids, config, seed=1) != held
+    assert held_out_rows(ids, HeldOutConfig(share=0.25, min_pairs=9), seed=0) == []
+    assert held_out_rows(ids, HeldOutConfig(share=0.0), seed=0) == []
+    assert len(held_out_rows(ids, HeldOutConfig(share=1.0, min_pairs=1), seed=0)) == 20
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
+def test_a_loss_without_a_reference_computes_none(
+    kind: str, tmp_path: Path, base: PolicyRef, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, pairs=pairs, policy=base, config=training_config(loss={"kind": kind}))
+    assert "completions" not in capsys.readouterr().out
+    assert not {"kl", "chosen_logprob_change"} & rows(stage_dir(tmp_path) / METRICS)[0].keys()
+
+
+def test_kto_learns_from_pairs_and_from_feedback_beside_them(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    feedback = tmp_path / "feedback.jsonl"
+    turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two"}]
+    write_jsonl(feedback, [{"messages": turns, "thumbs_up": index % 2 == 0} for index in range(6)])
+    config = training_config(loss={"kind": "kto"}, feedback=str(feedback), held_out=HeldOutConfig(share=0.1, min_pairs=2))
+    manifest = train(tmp_path, pairs=pairs, policy=base, config=config, feedback=feedback)
+    assert [(tally.of, tally.parts) for tally in manifest.outcome.tallies] == [
+        ("pairs", {"trained": 40, "held_out": 4}),
+        ("feedback", {"trained": 6}),
+    ]
+    metrics = rows(stage_dir(tmp_path) / METRICS)
+    assert sum(row["examples"] for row in metrics) == 2 * 40 + 6
+    assert metrics[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert "held_out_loss" in metrics[-1]
+
+
+def test_alarms_are_published_said_once_and_counted(
+    tmp_path: Path, base: PolicyRef, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alarms = AlarmsConfig(kl=AlarmLimits(warn=1e-9, stop=None), window_steps=2)
+    manifest = train(tmp_path, pairs=pairs, policy=base, config=training_config(alarms=alarms))
+    found = [row for row in rows(stage_dir(tmp_path) / ALARMS) if row["name"] == "kl"]
+    assert [(row["level"], row["step"], row["limit"]) for row in found] == [("warn", 2, 1e-9)]
+    said = [line for line in capsys.readouterr().out.splitlines() if "alarm, warn" in line]
+    assert len([line for line in said if "training.alarms.kl.warn" in line]) == 1
+    assert manifest.outcome.metrics["alarms"] == len(rows(stage_dir(tmp_path) / ALARMS))
+
+
+def test_an_alarm_that_stops_makes_the_round_invalid_and_names_the_key(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    alarms = AlarmsConfig(kl=AlarmLimits(warn=1e-12, stop=1e-9), window_steps=2)
+    with pytest.raises(TrainingDivergedError, match=r"training\.alarms\.kl\.stop"):
+        train(tmp_path, pairs=pairs, policy=base, config=training_config(alarms=alarms))
+    assert not stage_dir(tmp_path).exists()
+    kept = [(row["name"], row["level"]) for row in rows(scratch(stage_dir(tmp_path)) / ALARMS)]
+    assert ("kl", "stop") in kept
+
+
+def test_a_checkpoint_names_what_it_was_made_from(tmp_path: Path, adapted: PolicyRef, pairs: Path) -> None:
+    hot = training_config(optimizer=OptimizerConfig(lr=1e30, warmup_ratio=0.0), checkpoint_every_steps=1)
+    with pytest.raises(TrainingDivergedError):
+        train(tmp_path, pairs=pairs, policy=adapted, config=hot)
+    (checkpoint,) = (scratch(stage_dir(tmp_path)) / CHECKPOINTS).glob("step-*")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    made_from = manifest["provenance"]
+    assert made_from["initial_adapter_sha256"] == adapted.adapter_sha256
+    assert (made_from["base_sha256"], made_from["reference"]) == (adapted.base_sha256, adapted.key)
+    assert made_from["config"]["optimizer"]["lr"] == 1e30
+    assert "num_processes" not in made_from["config"]
+    assert {"order", "token_ids", "stage_key", "stage_version"} <= made_from.keys()
+    assert manifest["circumstances"]["num_processes"] == 1
+    assert {"packed", "versions", "micro_batch_tokens"} <= manifest["circumstances"].keys()
 
 
 def test_a_round_whose_pairs_are_all_too_long_is_invalid_with_the_counts(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
-    with pytest.raises(NoPairsError, match="'too_long': 44"):
+    with pytest.raises(NoPairsError, match="'prompt_too_long': 41, 'too_long': 3"):
         train(tmp_path, pairs=pairs, policy=base, config=training_config(max_length=2))
     assert not stage_dir(tmp_path).exists()
 
@@ -166,24 +281,25 @@ def test_a_reference_that_is_not_the_policy_aborts_at_the_first_step(tmp_path: P
     import torch
 
     from dpo_loop.training.models import build_accelerator, load_policy
-    from dpo_loop.training.preferences import DpoObjective, sequences_of
+    from dpo_loop.training.preferences import PairObjective, sequences_of
+    from dpo_loop.training.probe import build_scorer
     from dpo_loop.training.reference import reference_logprobs
 
     accelerator = build_accelerator("float32")
     chosen, rejected = sequences_of(make_pairs(8))
     bare = adapted.model_copy(update={"adapter": None, "adapter_sha256": None})
     values = reference_logprobs(bare, [*chosen, *rejected], accelerator=accelerator, keep=tmp_path, max_tokens=400)
-    objective = DpoObjective(
-        load_policy(adapted, accelerator=accelerator),
+    objective = PairObjective(
+        build_scorer(load_policy(adapted, accelerator=accelerator), device=torch.device("cpu"), forward="auto"),
         chosen,
         rejected,
         chosen_reference=values[:8],
         rejected_reference=values[8:],
-        config=training_config(),
-        device=torch.device("cpu"),
+        loss=training_config().loss,
+        nll_weight=0.0,
         start_tolerance=1e-3,
     )
-    sums = {name: value.item() for name, value in objective.sums(range(8)).items()}
+    sums = {name: value.item() for name, value in objective.sums(range(8), estimates={}).items()}
     with pytest.raises(TrainingDivergedError, match="the loss must be ln 2"):
         objective.metrics(sums, range(8), step=0)
     assert objective.metrics(sums, range(8), step=1)["kl"] > 0

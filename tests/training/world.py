@@ -75,11 +75,12 @@ def train(
     config: TrainingConfig,
     run_start: PolicyRef | None = None,
     round_number: int = 1,
+    feedback: Path | None = None,
 ) -> StageManifest:
     """Publish the train stage at <run>/rounds/NNN/train."""
     out = stage_dir(run, round_number)
     out.parent.mkdir(parents=True, exist_ok=True)
-    return materialize(TRAIN, out, pairs=pairs, policy=policy, run_start=run_start or policy, config=config)
+    return materialize(TRAIN, out, pairs=pairs, policy=policy, run_start=run_start or policy, config=config, feedback=feedback)
 
 
 def stage_dir(run: Path, round_number: int = 1) -> Path:

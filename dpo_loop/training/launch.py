@@ -1,0 +1,142 @@
+"""Training in several processes: `accelerate launch` on this machine, its lines passed through, its end and its errors brought back.
+
+    stage (this process)  ─►  accelerate launch  ─►  worker 0, worker 1, …   (worker.py)
+
+Whoever of them dies, the rest goes too: accelerate ends the workers when one fails; launcher and workers are told by the kernel when
+their parent dies (Linux), so that `kill -9` of the stage leaves nothing on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dpo_loop.errors import DpoLoopError, InputError, StageFailedError
+from dpo_loop.files import read_json, write_json
+from dpo_loop.progress import say
+from dpo_loop.training.prerequisites import accelerate_problems
+from dpo_loop.training.run import Job
+from dpo_loop.types import StageOutcome
+
+SPEC, OUTCOME = "job.json", "outcome.json"
+GRACE_S = 10.0
+_TAIL_LINES = 40
+_PR_SET_PDEATHSIG = 1
+_ENDED = re.compile(r"rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: -(\d+)")
+"""A worker that ended by a signal, in the report that torch's launcher prints."""
+
+
+def launch(job: Job) -> StageOutcome:
+    """`train_adapter` in job.config.num_processes processes, or as job.config.accelerate_config says.
+
+    Raises what a worker raised; StageFailedError, with its last lines, if one ended without a word.
+    """
+    spec = job.keep / SPEC
+    for left in (job.keep / OUTCOME, *job.keep.glob(f"{SPEC}.error-*")):
+        left.unlink(missing_ok=True)
+    write_json(spec, job)
+    command = launch_command(job, spec)
+    say(f"train: starting {job.config.num_processes} processes with accelerate launch")
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(_threads_each(job))},
+        preexec_fn=end_with(os.getpid()),
+    ) as launcher:
+        try:
+            assert launcher.stdout is not None
+            for line in launcher.stdout:
+                tail.append(line.rstrip("\n"))
+                say(line.rstrip("\n"))
+            code = launcher.wait()
+        finally:
+            _stop(launcher)
+    if code != 0:
+        raise _worker_error(job, code, list(tail))
+    return read_json(job.keep / OUTCOME, StageOutcome)
+
+
+def launch_command(job: Job, spec: Path) -> list[str]:
+    """Raises InputError for an accelerate config that cannot be used."""
+    config = job.config
+    if problems := accelerate_problems(config):
+        raise InputError("; ".join(problems))
+    shape = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+    if config.accelerate_config is not None:
+        path = Path(config.accelerate_config)
+        if not path.is_file():
+            raise InputError(
+                f"training.accelerate_config: {path} does not exist; `accelerate config --config_file FILE` writes one"
+            )
+        shape = ["--config_file", str(path)]
+    processes = ["--num_processes", str(config.num_processes)] if config.num_processes > 1 else []
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *shape,
+        *processes,
+        *("--main_process_port", "0", "--num_cpu_threads_per_process", str(_threads_each(job))),
+        *("--module", "dpo_loop.training.worker", str(spec)),
+    ]
+
+
+def _threads_each(job: Job) -> int:
+    return max(1, torch.get_num_threads() // job.config.num_processes)
+
+
+def end_with(parent: int) -> Callable[[], None]:
+    """To be called in a child, before its program starts or first of all in it: the kernel ends it when the parent dies. Linux only."""
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return prepare
+
+
+def error_file(spec: Path, index: int) -> Path:
+    return spec.with_name(f"{spec.name}.error-{index}")
+
+
+def _stop(launcher: subprocess.Popen[str]) -> None:
+    if launcher.poll() is not None:
+        return
+    launcher.terminate()  # it ends its workers
+    try:
+        launcher.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        launcher.kill()
+        launcher.wait()
+
+
+def _worker_error(job: Job, code: int, tail: list[str]) -> DpoLoopError:
+    """What the first worker that failed with a word said, else what is known of the end."""
+    if files := sorted(job.keep.glob(f"{SPEC}.error-*"), key=lambda path: path.stat().st_mtime_ns):
+        error: DpoLoopError = pickle.loads(files[0].read_bytes())
+        return error
+    # The launcher ends the others by SIGTERM.
+    ends = [(index, int(number)) for index, number in _ENDED.findall("\n".join(tail)) if int(number) != signal.SIGTERM]
+    if ends:
+        index, number = ends[0]
+        what = f"process {index} of {job.config.num_processes} was killed by signal {number} ({signal.Signals(number).name})"
+        hint = "The kernel kills so where memory runs out. " if number == signal.SIGKILL else ""
+        tail = [f"{what}; the others were ended. {hint}The same command resumes from the last checkpoint.", *tail]
+        code = 128 + number
+    return StageFailedError("train", code if code >= 0 else 128 - code, "\n".join(tail))

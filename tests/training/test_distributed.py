@@ -1,0 +1,227 @@
+"""Several processes under `accelerate launch` train what one does: real processes, gloo, CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_loop.artifacts import scratch, stage_key
+from dpo_loop.config import HeldOutConfig, OptimizerConfig
+from dpo_loop.errors import InputError, StageFailedError, TrainingDivergedError
+from dpo_loop.exchange import METRICS
+from dpo_loop.training.fit import CHECKPOINTS
+from dpo_loop.training.prerequisites import accelerate_problems
+from dpo_loop.training.processes import Processes
+from dpo_loop.training.stage import TRAIN
+from dpo_loop.types import PolicyRef, StageManifest
+from tests.training.world import make_pairs, stage_dir, train, training_config, write_pairs
+
+FSDP2 = Path(__file__).parents[2] / "deploy" / "accelerate" / "fsdp2.yaml"
+HELD_OUT = HeldOutConfig(share=0.2, min_pairs=4, every_steps=2)
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+
+
+def assert_same_curve(one: Path, two: Path) -> None:
+    assert len(metrics(one)) == len(metrics(two))
+    for row, other in zip(metrics(one), metrics(two), strict=True):
+        assert row.keys() == other.keys()
+        for name in ("loss", "nll", "held_out_loss"):
+            if name in row:
+                assert other[name] == pytest.approx(row[name], rel=1e-6), (row["step"], name)
+    weights, others = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, two))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        # AdamW divides by the root of what may be a square of almost nothing: an element may differ by a part of the learning rate.
+        assert float((tensor - others[name]).abs().max()) < 2e-4, name
+        assert float((tensor - others[name]).norm() / tensor.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_two_processes_have_the_loss_curve_of_one(loss: str, tmp_path: Path, base: PolicyRef) -> None:
+    """41 pairs, 8 of them held out: the last of five steps has one pair, so one process has nothing to do in it."""
+    pairs = write_pairs(tmp_path / "pair", make_pairs(41))
+    config = training_config(loss={"kind": loss}, held_out=HELD_OUT)
+    manifests: list[StageManifest] = []
+    for num in (1, 2):
+        several = config.model_copy(update={"num_processes": num})
+        manifests.append(train(tmp_path / str(num), pairs=pairs, policy=base, config=several))
+    assert_same_curve(stage_dir(tmp_path / "1"), stage_dir(tmp_path / "2"))
+    assert manifests[0].key == manifests[1].key  # how many there were is no part of what was made
+    assert manifests[0].outcome.tallies == manifests[1].outcome.tallies
+
+
+def test_a_base_in_shards_is_trained_as_a_whole_one(tmp_path: Path, base: PolicyRef, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the accelerate config that is shipped, on the CPU; memory that runs out in one process cannot be begun again there."""
+    pairs = write_pairs(tmp_path / "pair", make_pairs(41))
+    config = training_config(held_out=HELD_OUT, gradient_checkpointing=True)
+    train(tmp_path / "whole", pairs=pairs, policy=base, config=config)
+    sharded = config.model_copy(update={"num_processes": 2, "accelerate_config": str(FSDP2)})
+    capsys.readouterr()
+    train(tmp_path / "shards", pairs=pairs, policy=base, config=sharded)
+    assert "base in 2 shards" in capsys.readouterr().out
+    assert_same_curve(stage_dir(tmp_path / "whole"), stage_dir(tmp_path / "shards"))
+    canaries = [json.loads((stage_dir(tmp_path / name) / "canary.json").read_text())["sequences"] for name in ("whole", "shards")]
+    for one, other in zip(*canaries, strict=True):
+        assert other["policy_logprobs"] == pytest.approx(one["policy_logprobs"], abs=1e-3)
+        assert other["base_logprobs"] == pytest.approx(one["base_logprobs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("fsdp_version: 2", "fsdp_version: 1", "fsdp_version must be 2"),
+        ("params: false", "params: true", "fsdp_offload_params must be false"),
+        ("num_machines: 1", "num_machines: 2", "num_machines must be 1"),
+        ("type: FSDP", "type: DEEPSPEED", "distributed_type is DEEPSPEED"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_with_its_key(
+    old: str, new: str, problem: str, tmp_path: Path, base: PolicyRef, pairs: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(FSDP2.read_text().replace(old, new))
+    config = training_config(num_processes=2, accelerate_config=str(other))
+    with pytest.raises(InputError, match=rf"training\.accelerate_config: .*other\.yaml: {problem}"):
+        train(tmp_path, pairs=pairs, policy=base, config=config)
+
+
+def test_the_shipped_accelerate_config_can_be_launched_but_not_over_4_bits() -> None:
+    sharded = training_config(num_processes=2, accelerate_config=str(FSDP2))
+    assert accelerate_problems(sharded) == []
+    (problem,) = accelerate_problems(sharded.model_copy(update={"quantize_base": "nf4"}))
+    assert "leave out training.quantize_base" in problem
+
+
+def test_a_process_that_is_killed_is_named_and_fewer_go_on_from_its_checkpoint(
+    tmp_path: Path, base: PolicyRef, pairs: Path
+) -> None:
+    config = training_config(epochs=60, num_processes=2)
+    out = stage_dir(tmp_path / "killed")
+    stopper = threading.Thread(target=_kill, args=(out, lambda pids: os.kill(pids["1"], signal.SIGKILL)))
+    stopper.start()
+    with pytest.raises(StageFailedError, match=r"process 1 of 2 was killed by signal 9 \(SIGKILL\)") as caught:
+        train(tmp_path / "killed", pairs=pairs, policy=base, config=config)
+    stopper.join()
+    assert caught.value.returncode == 137
+    assert caught.value.retryable
+    assert workers_of(out) == {}
+    assert not out.exists()
+    assert list((scratch(out) / CHECKPOINTS).glob("step-*"))
+    alone = config.model_copy(update={"num_processes": 1})
+    train(tmp_path / "killed", pairs=pairs, policy=base, config=alone)
+    train(tmp_path / "whole", pairs=pairs, policy=base, config=alone)
+    curves = [[row["loss"] for row in metrics(stage_dir(tmp_path / name))] for name in ("killed", "whole")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_an_error_of_the_processes_is_raised_as_it_was_there(
+    tmp_path: Path, base: PolicyRef, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hot = training_config(num_processes=2, optimizer=OptimizerConfig(lr=1e30, warmup_ratio=0.0))
+    with pytest.raises(TrainingDivergedError, match="diverged at step 2"):
+        train(tmp_path, pairs=pairs, policy=base, config=hot)
+    assert [row["step"] for row in metrics(scratch(stage_dir(tmp_path)))] == [1]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("train: reference ") for line in lines) == 1  # only the main one has lines to say
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_killed_leaves_no_process(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    config = training_config(epochs=500, num_processes=2)
+    out = stage_dir(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from dpo_loop.config import TrainingConfig; from dpo_loop.types import PolicyRef;"
+        "from tests.training.world import train;"
+        "run, pairs, policy, config = sys.argv[1:];"
+        "train(Path(run), pairs=Path(pairs), policy=PolicyRef.model_validate_json(policy), config=TrainingConfig.model_validate_json(config))"
+    )
+    stage = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), str(pairs), base.model_dump_json(), config.model_dump_json()],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _kill(out, lambda _: os.kill(stage.pid, signal.SIGKILL))
+    assert stage.wait() == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while workers_of(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert workers_of(out) == {}
+
+
+def workers_of(out: Path) -> dict[str, int]:
+    """Rank → pid of the workers that train for this stage."""
+    spec, found = str(out.parent / f".{out.name}.scratch" / "job.json"), {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        ranks = [entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")]
+        if spec in command and ranks:
+            found[ranks[0]] = int(folder.name)
+    return found
+
+
+def _kill(out: Path, kill: Callable[[dict[str, int]], None]) -> None:
+    """Once training is past its first checkpoints."""
+    path = out.parent / f".{out.name}.scratch" / METRICS
+    end = time.monotonic() + 240
+    while not (path.is_file() and len(path.read_bytes().splitlines()) >= 7):
+        assert time.monotonic() < end, "training did not begin"
+        time.sleep(0.01)
+    kill(workers_of(out))
+
+
+def test_the_number_of_processes_is_not_in_the_key(base: PolicyRef, pairs: Path) -> None:
+    def key(**changes: object) -> str:
+        inputs = {"pairs": pairs, "policy": base, "run_start": base, "config": training_config(**changes)}
+        return stage_key(TRAIN, inputs)
+
+    assert key() == key(num_processes=4, accelerate_config="fsdp2.yaml", trackers=("tensorboard",))
+    assert key() != key(seed=1)
+
+
+def test_an_accelerate_config_that_is_not_there_is_named(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    with pytest.raises(InputError, match=r"accelerate_config: .*nowhere\.yaml cannot be read \(No such file"):
+        train(tmp_path, pairs=pairs, policy=base, config=training_config(accelerate_config=str(tmp_path / "nowhere.yaml")))
+
+
+@pytest.mark.parametrize(("num", "num_rows"), [(1, 7), (2, 7), (2, 1), (4, 3), (3, 50)])
+def test_every_row_of_a_step_is_computed_by_one_process_and_loads_are_even(num: int, num_rows: int) -> None:
+    num_tokens = [1 + (row * 37) % 90 for row in range(num_rows)]
+
+    def cut(rows: list[int], max_tokens: int) -> list[list[int]]:
+        micros: list[list[int]] = []
+        for row in rows:
+            if micros and sum(num_tokens[each] for each in micros[-1]) + num_tokens[row] <= max_tokens:
+                micros[-1].append(row)
+            else:
+                micros.append([row])
+        return micros
+
+    def share(index: int) -> list[list[int]]:
+        accelerator = SimpleNamespace(num_processes=num, process_index=index, device=torch.device("cpu"))
+        mine = Processes(accelerator).share(range(num_rows), cut=cut, num_tokens=num_tokens, max_tokens=200)
+        assert all(micro.counts for micro in mine)
+        return [list(micro.rows) for micro in mine]
+
+    shares = [share(index) for index in range(num)]
+    assert sorted(row for micros in shares for micro in micros for row in micro) == list(range(num_rows))
+    assert shares[0]
+    loads = [sum(num_tokens[row] for micro in micros for row in micro) for micros in shares]
+    assert max(loads) - min(loads) <= max(sum(num_tokens[row] for row in micro) for micros in shares for micro in micros)
