@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,12 @@ def fit(
     Raises TrainingDivergedError at the first loss or gradient that is not finite, before it touches a weight, and at an alarm that stops;
     InputError if a micro-batch of half the planned tokens does not fit into memory either.
     """
-    return _Loop(objective, plan, model, parameters, accelerator, keep).run()
+    loop = _Loop(objective, plan, model, parameters, accelerator, keep)
+    done = loop.resume()
+    with ExitStack() as files:
+        if loop.processes.is_main:
+            loop.journals = {name: files.enter_context(Journal(keep / name)) for name in (METRICS, ALARMS)}
+        return loop.run(done)
 
 
 class _Loop:
@@ -114,10 +120,23 @@ class _Loop:
         self.max_tokens, self.halved = plan.micro_batch_tokens, False
         self.rows: list[dict[str, Any]] = []
         self.alarms: list[Alarm] = []
+        self.journals: dict[str, Journal] = {}
         self.opening = f"{plan.stage}: {plan.label}"
 
-    def run(self) -> Fitted:
-        done = self._resume()
+    def resume(self) -> int:
+        """Restore the newest checkpoint; returns how many steps are done. What was measured after it is measured again."""
+        done, state, self.rows, self.alarms = self.processes.from_main(self._read)
+        if state is not None:
+            put(state["parameters"], self.parameters)
+            self.optimizer.load_state_dict(state["optimizer"])
+            # Halved for the rest of the run, unless somebody has set another budget since.
+            if state["halved"] and state["planned_tokens"] == self.plan.micro_batch_tokens:
+                self.max_tokens, self.halved = state["micro_batch_tokens"], True
+            self.best.load(state["best"])
+        return done
+
+    def run(self, done: int) -> Fitted:
+        """Do what is left after `done` steps."""
         if done:
             self._say(f"resumes after step {done}/{len(self.steps)}")
         lines = StepLines(self.opening, num_steps=len(self.steps), first=done)
@@ -228,18 +247,6 @@ class _Loop:
         if stops := [alarm.message for alarm in new if alarm.level == "stop"]:
             raise self._diverged(f"past a limit that ends training. {' '.join(stops)}")
 
-    def _resume(self) -> int:
-        """Restore the newest checkpoint; returns how many steps are done. What was measured after it is measured again."""
-        done, state, self.rows, self.alarms = self.processes.from_main(self._read)
-        if state is not None:
-            put(state["parameters"], self.parameters)
-            self.optimizer.load_state_dict(state["optimizer"])
-            # Halved for the rest of the run, unless somebody has set another budget since.
-            if state["halved"] and state["planned_tokens"] == self.plan.micro_batch_tokens:
-                self.max_tokens, self.halved = state["micro_batch_tokens"], True
-            self.best.load(state["best"])
-        return done
-
     def _read(self) -> tuple[int, dict[str, Any] | None, list[dict[str, Any]], list[Alarm]]:
         found = read_newest_checkpoint(
             self.keep / CHECKPOINTS, stage=self.plan.stage, provenance=self._provenance(), circumstances=self._circumstances()
@@ -279,8 +286,7 @@ class _Loop:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self.processes.is_main:
-            with Journal(self.keep / name) as journal:
-                journal.append([row])
+            self.journals[name].append([row])
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:

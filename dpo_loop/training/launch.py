@@ -24,7 +24,7 @@ import torch
 from dpo_loop.errors import DpoLoopError, InputError, StageFailedError
 from dpo_loop.files import read_json, write_json
 from dpo_loop.progress import say
-from dpo_loop.training.prerequisites import accelerate_problems
+from dpo_loop.training.prerequisites import accelerate_problems, num_processes_of
 from dpo_loop.training.run import Job
 from dpo_loop.types import StageOutcome
 
@@ -39,23 +39,26 @@ _ENDED = re.compile(r"rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: -(\d+)")
 def launch(job: Job) -> StageOutcome:
     """`train_adapter` in job.config.num_processes processes, or as job.config.accelerate_config says.
 
-    Raises what a worker raised; StageFailedError, with its last lines, if one ended without a word.
+    Raises what a worker raised; InputError for an accelerate config that cannot be used; StageFailedError, with its last lines, if one ended without a word.
     """
     spec = job.keep / SPEC
     for left in (job.keep / OUTCOME, *job.keep.glob(f"{SPEC}.error-*")):
         left.unlink(missing_ok=True)
     write_json(spec, job)
-    command = launch_command(job, spec)
-    say(f"train: starting {job.config.num_processes} processes with accelerate launch")
+    if problems := accelerate_problems(job.config):
+        raise InputError("; ".join(problems))
+    num = num_processes_of(job.config)
+    threads = max(1, torch.get_num_threads() // num)
+    say(f"train: starting {num} processes with accelerate launch")
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with subprocess.Popen(
-        command,
+        _command(job, spec, num=num, threads=threads),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(_threads_each(job))},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)},
         preexec_fn=end_with(os.getpid()),
     ) as launcher:
         try:
@@ -67,35 +70,20 @@ def launch(job: Job) -> StageOutcome:
         finally:
             _stop(launcher)
     if code != 0:
-        raise _worker_error(job, code, list(tail))
+        raise _worker_error(job, code, list(tail), num=num)
     return read_json(job.keep / OUTCOME, StageOutcome)
 
 
-def launch_command(job: Job, spec: Path) -> list[str]:
-    """Raises InputError for an accelerate config that cannot be used."""
-    config = job.config
-    if problems := accelerate_problems(config):
-        raise InputError("; ".join(problems))
-    shape = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
-    if config.accelerate_config is not None:
-        path = Path(config.accelerate_config)
-        if not path.is_file():
-            raise InputError(
-                f"training.accelerate_config: {path} does not exist; `accelerate config --config_file FILE` writes one"
-            )
-        shape = ["--config_file", str(path)]
-    processes = ["--num_processes", str(config.num_processes)] if config.num_processes > 1 else []
+def _command(job: Job, spec: Path, *, num: int, threads: int) -> list[str]:
+    shape = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]  # the CPU too: gloo
+    if job.config.accelerate_config is not None:
+        shape = ["--config_file", job.config.accelerate_config]
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *shape,
-        *processes,
-        *("--main_process_port", "0", "--num_cpu_threads_per_process", str(_threads_each(job))),
+        *("--num_processes", str(num), "--main_process_port", "0", "--num_cpu_threads_per_process", str(threads)),
         *("--module", "dpo_loop.training.worker", str(spec)),
     ]
-
-
-def _threads_each(job: Job) -> int:
-    return max(1, torch.get_num_threads() // job.config.num_processes)
 
 
 def end_with(parent: int) -> Callable[[], None]:
@@ -126,7 +114,7 @@ def _stop(launcher: subprocess.Popen[str]) -> None:
         launcher.wait()
 
 
-def _worker_error(job: Job, code: int, tail: list[str]) -> DpoLoopError:
+def _worker_error(job: Job, code: int, tail: list[str], *, num: int) -> DpoLoopError:
     """What the first worker that failed with a word said, else what is known of the end."""
     if files := sorted(job.keep.glob(f"{SPEC}.error-*"), key=lambda path: path.stat().st_mtime_ns):
         error: DpoLoopError = pickle.loads(files[0].read_bytes())
@@ -135,7 +123,7 @@ def _worker_error(job: Job, code: int, tail: list[str]) -> DpoLoopError:
     ends = [(index, int(number)) for index, number in _ENDED.findall("\n".join(tail)) if int(number) != signal.SIGTERM]
     if ends:
         index, number = ends[0]
-        what = f"process {index} of {job.config.num_processes} was killed by signal {number} ({signal.Signals(number).name})"
+        what = f"process {index} of {num} was killed by signal {number} ({signal.Signals(number).name})"
         hint = "The kernel kills so where memory runs out. " if number == signal.SIGKILL else ""
         tail = [f"{what}; the others were ended. {hint}The same command resumes from the last checkpoint.", *tail]
         code = 128 + number

@@ -24,7 +24,8 @@ _NAMES = {
     "activation": ("hidden_act", "hidden_activation", "activation_function"),
 }
 """What families call the same thing in config.json."""
-_NOT_ADAPTABLE = {*NOT_ADAPTABLE, "wpe", "embed_positions", "output"}
+_NOT_ADAPTABLE = {*NOT_ADAPTABLE, "wpe", "embed_positions", "output", "gate", "router"}
+"""Modules by the last part of their name; routers of experts are parameters, not linear layers, in transformers of today."""
 _HEAD = re.compile(r"^(lm_head|embed_out|output)\.weight$")
 _UNKNOWN_HEAD_SIZE = 64
 
@@ -44,6 +45,7 @@ class ModelShape(Record):
     """Whether the MLP multiplies a gate, as SwiGLU does; GPT-2 and GPT-NeoX have none."""
     composed_activation: bool
     """Whether the activation is several operations, each of which keeps what it needs for backward."""
+    num_experts: int
     experts_per_token: int
     """1 where the MLP is one."""
     eager_attention: bool
@@ -137,19 +139,20 @@ def _sizes(config: dict[str, Any], tensors: dict[str, tuple[int, ...]], base: Pa
         num_heads = max(1, hidden // _UNKNOWN_HEAD_SIZE)
         notes.append(f"config.json names no attention heads; {num_heads} are taken, as if every layer had attention")
     intermediate = _first(config, "intermediate")
-    if _first(config, "num_experts") and config.get("moe_intermediate_size"):
+    num_experts = _first(config, "num_experts") or 1
+    if num_experts > 1 and config.get("moe_intermediate_size"):
         intermediate = config["moe_intermediate_size"]
     if not intermediate:
         intermediate = 4 * hidden
         notes.append(f"config.json names no size of the MLP; {intermediate} (4 times the hidden size) is taken")
-    experts = _first(config, "experts_per_token") if _first(config, "num_experts") else 1
     return {
         **needed,
         "num_heads": num_heads,
         "num_kv_heads": _first(config, "num_kv_heads") or num_heads,
         "head_size": config.get("head_dim") or hidden // num_heads,
         "intermediate": intermediate,
-        "experts_per_token": experts or 1,
+        "num_experts": num_experts,
+        "experts_per_token": (_first(config, "experts_per_token") if num_experts > 1 else None) or 1,
     }
 
 
@@ -163,8 +166,10 @@ def _by_tensors(what: str, tensors: dict[str, tuple[int, ...]]) -> int:
 
 def _tensors(base: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name, from the headers of all shards."""
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
+    index, single = base / "model.safetensors.index.json", base / "model.safetensors"
+    if single.is_file():
+        paths = [single]  # some repositories hold the same weights a second time, under other names
+    elif index.is_file():
         paths = [base / name for name in sorted(set(_config(index).get("weight_map", {}).values()))]
     else:
         paths = sorted(base.glob("*.safetensors"))
@@ -178,24 +183,26 @@ def _tensors(base: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _guessed_tensors(sizes: dict[str, int], *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Of a Llama of these sizes."""
+    """Of a Llama of these sizes, or of a Mixtral."""
     hidden, inner = sizes["hidden"], sizes["intermediate"]
     queries, keys = sizes["num_heads"] * sizes["head_size"], sizes["num_kv_heads"] * sizes["head_size"]
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    if (experts := sizes["num_experts"]) > 1:
+        layer |= {f"mlp.experts.{name}": (experts, *shape) for name, shape in mlp.items()}
+    else:
+        layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes["vocabulary"], hidden)}
     for number in range(sizes["num_layers"]):
         found |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    return found | ({} if tied else {"lm_head.weight": (sizes["vocabulary"], hidden)})
+    return found | {"model.norm.weight": (hidden,)} | ({} if tied else {"lm_head.weight": (sizes["vocabulary"], hidden)})
 
 
 def _is_gated(tensors: dict[str, tuple[int, ...]]) -> bool:

@@ -28,13 +28,24 @@ def accelerate_problems(config: TrainingConfig) -> list[str]:
     path = Path(config.accelerate_config)
     where = f"training.accelerate_config: {path}"
     try:
-        found = yaml.safe_load(path.read_text())
+        found = _read(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         return [f"{where} cannot be read ({reason}); `accelerate config --config_file FILE` writes one"]
     if not isinstance(found, dict):
         return [f"{where} holds no keys; `accelerate config --config_file FILE` writes one"]
     return [f"{where}: {problem}" for problem in _problems(found, config)]
+
+
+def num_processes_of(config: TrainingConfig) -> int:
+    """training.num_processes, or what the accelerate config says where that is 1."""
+    if config.num_processes == 1 and config.accelerate_config is not None:
+        return int(_read(Path(config.accelerate_config)).get("num_processes", 1))
+    return config.num_processes
+
+
+def _read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
 
 
 def _problems(found: dict[str, Any], config: TrainingConfig) -> list[str]:
