@@ -60,6 +60,8 @@ def _problems(found: dict[str, Any], config: TrainingConfig) -> list[str]:
             problems.append("fsdp_version must be 2")
         if shards.get("fsdp_offload_params"):
             problems.append("fsdp_offload_params must be false; take more devices, or quantize_base on one")
+        if shards.get("fsdp_cpu_ram_efficient_loading", True):
+            problems.append("fsdp_cpu_ram_efficient_loading must be false: transformers then reads the weights in one process only")
         if config.quantize_base is not None:
             problems.append("a base in 4 bits is not sharded; leave out training.quantize_base, or take plain data parallel")
     return problems

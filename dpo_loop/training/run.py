@@ -24,6 +24,7 @@ from dpo_loop.training.models import (
     build_accelerator,
     continue_adapter,
     load_base,
+    load_policy,
     save_adapter,
     set_training_mode,
     trainable_parameters,
@@ -213,17 +214,19 @@ def _write(
                 "canary": str(out / CANARY),
             }
         )
-        write_policy(out, made)
     free_gathered(model)
     if processes.is_main or processes.sharded:  # a forward over shards needs all
         write_canary(
             out / CANARY if processes.is_main else job.keep / f"{CANARY}.{processes.index}",
-            model,
+            # Engines serve the base as it is, not the four bits that it was trained over.
+            model if job.config.quantize_base is None else load_policy(made, accelerator=accelerator),
             pick_sequences(chosen),
             base_sha256=made.base_sha256,
             adapter_sha256=made.adapter_sha256 or "",
             accelerator=accelerator,
         )
+    if processes.is_main:
+        write_policy(out, made)
 
 
 def _summary(fitted: Fitted, config: TrainingConfig, model: Any) -> dict[str, Any]:

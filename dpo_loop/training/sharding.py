@@ -24,15 +24,18 @@ def wants_shards(accelerator: Any) -> bool:
 
 
 def shard_base(model: Any, accelerator: Any) -> None:
-    """model: a PEFT model. Raises InputError for one whose layers are not known."""
+    """Bring a model that lies on the CPU, with or without an adapter, to the device in shards. Raises InputError for one whose layers are
+    not known."""
     bare = bare_model(model)
     layers = [module for module in bare.base_model.modules() if type(module).__name__ in (bare._no_split_modules or ())]
     if not layers:
         raise InputError(
             f"{type(bare).__name__} does not say what its layers are, so it cannot be sharded; take an accelerate config without FSDP"
         )
-    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole = {parameter for name, parameter in model.named_parameters() if parameter.requires_grad or ".lora_" in name}
     whole |= set(bare.get_output_embeddings().parameters())
+    for tensor in (*whole, *model.buffers()):
+        tensor.data = tensor.data.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)

@@ -66,10 +66,13 @@ def base_model(path: str, *, dtype: torch.dtype, attention: str | None = None) -
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **chosen)
 
 
-def loss_and_gradients(trainer: Any, *, micro_pairs: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over all rows and its gradient, by the trainer's own compute_loss, micro_pairs at a time."""
+def loss_and_gradients(trainer: Any, *, micro_pairs: int, checkpointing: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss over all rows and its gradient, by the trainer's own compute_loss, micro_pairs at a time.
+
+    In eval mode, but where checkpointing needs train mode: TRL switches `nn.Dropout` off, not the functional dropout of OPT and its like.
+    """
     model, rows, loss = trainer.model, list(trainer.train_dataset), 0.0
-    model.train()  # as its training_step does
+    model.train(checkpointing)
     model.zero_grad(set_to_none=True)
     for start in range(0, len(rows), micro_pairs):
         micro = rows[start : start + micro_pairs]
@@ -96,7 +99,7 @@ class TrlSide:
             num_train_epochs=1, bf16=cuda, use_cpu=not cuda, max_length=None, gradient_checkpointing=checkpointing,
             dataloader_pin_memory=cuda, learning_rate=5e-6, beta=0.1, router_aux_loss_coef=0.0, precompute_ref_log_probs=True, **QUIET,
         )  # fmt: skip
-        self.micro_pairs = micro_pairs
+        self.micro_pairs, self.checkpointing = micro_pairs, checkpointing
         self.trainer = OnTokenIds(
             model=base_model(model, dtype=torch.bfloat16 if cuda else torch.float32), args=config, train_dataset=columns(pairs),
             processing_class=padding_tokenizer(), peft_config=lora_config(lora),
@@ -106,7 +109,7 @@ class TrlSide:
         self.facts = {"precompute_s": self.trainer.precompute_s}
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        return loss_and_gradients(self.trainer, micro_pairs=self.micro_pairs)[1]
+        return loss_and_gradients(self.trainer, micro_pairs=self.micro_pairs, checkpointing=self.checkpointing)[1]
 
     def one_pass(self, *, online: bool) -> None:
         """An epoch. online: the reference is forwarded beside the policy in every step, by switching the adapter off."""

@@ -1,0 +1,117 @@
+"""The benchmarks of training, run on a tiny model: that they compare what they say they compare. What they find is in their lab log."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks.parity import MIN_PAIRS, NAMES, compare, hard_pairs, named
+from tests.benchmarks.shapes import Case, draw_pairs, relative_l2, shape
+from tests.builders import build_model
+
+GRADIENT_TOLERANCE = 2e-4
+"""facts/training.md §13, against TRL."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory without a tokenizer."""
+    model = build_model(tmp_path_factory.mktemp("tiny") / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink(missing_ok=True)
+    return model
+
+
+def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_both_sides_train_the_same_and_the_last_line_says_how_fast(tiny: Path) -> None:
+    done = run("train_vs_trl", "--model", str(tiny), "--cases", "20/10", "--pairs", "8", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(done.stdout.splitlines()[-1])["cases"]
+    assert (case["prompt"], case["completion"], case["packed"]) == (20, 10, True)
+    assert 0 < case["grad_rel_diff"] < GRADIENT_TOLERANCE  # exactly 0 would be one side compared with itself
+    for opening in ("", "online_"):
+        ours, trl = (case[f"{opening}{side}_pairs_per_s"] for side in ("ours", "trl"))
+        assert case[f"{opening}speed_ratio"] == pytest.approx(ours / trl)
+        ours, trl = (case[f"{opening}{side}_peak_mb"] for side in ("ours", "trl"))
+        assert case[f"{opening}memory_ratio"] == pytest.approx(ours / trl)
+
+
+def test_parity_compares_the_packed_forward_with_separate_ones_and_with_trl(tiny: Path) -> None:
+    told = compare(tiny, "sigmoid", num_pairs=MIN_PAIRS, seed=0)
+    assert told["packed"]
+    assert told["loss_diff"] < 1e-5
+    assert 0 < told["grad_rel_diff"] < 1e-5
+    assert told["trl_loss_diff"] < 5e-5
+    assert 0 < told["trl_grad_rel_diff"] < GRADIENT_TOLERANCE
+
+
+@pytest.mark.slow
+def test_parity_of_a_loss_that_trl_lacks_says_so_as_json(tiny: Path) -> None:
+    done = run("parity", "--model", str(tiny), "--loss", "cDPO", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["grad_rel_diff"] < 1e-5
+    assert (told["trl_loss_diff"], told["trl_grad_rel_diff"]) == (None, None)
+    assert "label_smoothing" in told["trl"]
+
+
+def test_a_model_that_is_none_ends_parity_with_one_and_no_json(tmp_path: Path) -> None:
+    done = run("parity", "--model", str(tmp_path), "--loss", "dpo", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "config.json" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_is_not_measured_where_there_is_none() -> None:
+    done = run("train_vs_trl", "--device", "cuda", "--shape", "7b")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no CUDA device" in done.stderr
+
+
+def test_every_name_is_a_loss_and_an_unknown_one_lists_them() -> None:
+    assert {named(name)[0].kind for name in NAMES} <= set(NAMES)
+    assert named("APO-zero") == named("apo_zero")
+    assert named('{"kind": "ipo", "ld_alpha": 0.3}')[0].ld_alpha == 0.3
+    with pytest.raises(SystemExit, match="sppo_hard"):
+        named("ppo")
+
+
+def test_hard_pairs_share_prompts_and_completions_and_reach_beyond_a_window() -> None:
+    pairs = hard_pairs(9, vocab_size=50, beyond=40, seed=1)
+    used = [(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
+    assert len(set(used)) < len(used)  # a completion in two pairs
+    assert len({pair.prompt for pair in pairs}) < len(pairs)
+    lengths = [(len(prompt), len(completion)) for prompt, completion in used]
+    assert min(lengths)[0] == 1
+    assert min(completion for _, completion in lengths) == 1
+    assert max(completion for _, completion in lengths) >= 40
+
+
+def test_a_case_draws_ragged_pairs_about_its_lengths_and_always_the_same() -> None:
+    pairs = draw_pairs(Case(100, 40), 50, vocab_size=30)
+    assert pairs == draw_pairs(Case(100, 40), 50, vocab_size=30)
+    assert {len(pair.prompt) for pair in pairs} <= set(range(75, 126))
+    assert {len(pair.rejected) for pair in pairs} <= set(range(30, 51))
+    assert len({len(pair.chosen) for pair in pairs}) > 5
+
+
+def test_the_25m_shape_is_the_one_of_the_facts_page() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape("25m"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(25.7e6, rel=0.005)
+
+
+def test_gradients_of_other_parameters_are_not_compared() -> None:
+    one = {"a": torch.ones(2)}
+    assert relative_l2({"a": torch.tensor([1.0, 1.1])}, one) == pytest.approx(0.1 / 2**0.5, rel=1e-5)
+    with pytest.raises(SystemExit, match="not the same parameters"):
+        relative_l2({"b": torch.ones(2)}, one)
