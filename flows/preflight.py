@@ -20,12 +20,12 @@ from dpo_loop.generation.producers.start import producer_problems
 from dpo_loop.layout import JUDGE_TEST, STAGES, STAGES_OF_ROUND_0
 from dpo_loop.policies import adapter_problems, model_problems
 from dpo_loop.prompts.external import problems as external_problems
-from flows.adapter_checks import adapter_config_problems
 from flows.config import RunConfig, read_raw, schema_problems
 from flows.gate_checks import gate_problems
 from flows.judge_checks import judge_problems
 from flows.paths import WORLD_PREFIX, is_hub_id, resolve_paths
 from flows.repair import problems_of_the_rest
+from flows.training_checks import training_problems
 
 WORLD_FILES = ("model", "demonstrations.jsonl", "pool.jsonl", "harmful.jsonl", "benign.jsonl")
 
@@ -53,7 +53,7 @@ def preflight(config: RunConfig) -> list[str]:
         *_start_problems(config),
         *_pool_problems(config),
         *_engine_problems(config),
-        *adapter_config_problems(config),
+        *training_problems(config),
         *judge_problems(config),
         *gate_problems(config),
         *_capability_problems(config),

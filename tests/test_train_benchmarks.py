@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks import parity, train_vs_trl
 from tests.benchmarks.parity import MIN_PAIRS, NAMES, compare, hard_pairs, named
 from tests.benchmarks.shapes import Case, draw_pairs, relative_l2, shape
 from tests.builders import build_model
@@ -25,13 +26,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model
 
 
-def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}", *words], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_both_sides_train_the_same_and_the_last_line_says_how_fast(tiny: Path) -> None:
-    done = run("train_vs_trl", "--model", str(tiny), "--cases", "20/10", "--pairs", "8", "--repeats", "1", "--json")
+    words = ["--model", str(tiny), "--cases", "20/10", "--pairs", "8", "--repeats", "1", "--json"]
+    command = [sys.executable, "-m", "tests.benchmarks.train_vs_trl", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads(done.stdout.splitlines()[-1])["cases"]
     assert (case["prompt"], case["completion"], case["packed"]) == (20, 10, True)
@@ -52,27 +51,24 @@ def test_parity_compares_the_packed_forward_with_separate_ones_and_with_trl(tiny
     assert 0 < told["trl_grad_rel_diff"] < GRADIENT_TOLERANCE
 
 
-@pytest.mark.slow
-def test_parity_of_a_loss_that_trl_lacks_says_so_as_json(tiny: Path) -> None:
-    done = run("parity", "--model", str(tiny), "--loss", "cDPO", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+def test_parity_of_a_loss_that_trl_lacks_says_so_as_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parity.main(["--model", str(tiny), "--loss", "cDPO", "--json"])
+    told = json.loads(capsys.readouterr().out)
     assert told["grad_rel_diff"] < 1e-5
     assert (told["trl_loss_diff"], told["trl_grad_rel_diff"]) == (None, None)
     assert "label_smoothing" in told["trl"]
 
 
-def test_a_model_that_is_none_ends_parity_with_one_and_no_json(tmp_path: Path) -> None:
-    done = run("parity", "--model", str(tmp_path), "--loss", "dpo", "--json")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "config.json" in done.stderr
+def test_a_model_that_is_none_ends_parity_without_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"no config\.json"):  # a text: the exit code is 1
+        parity.main(["--model", str(tmp_path), "--loss", "dpo", "--json"])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_is_not_measured_where_there_is_none() -> None:
-    done = run("train_vs_trl", "--device", "cuda", "--shape", "7b")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "no CUDA device" in done.stderr
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        train_vs_trl.main(["--device", "cuda", "--shape", "7b"])
 
 
 def test_every_name_is_a_loss_and_an_unknown_one_lists_them() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dpo_loop.errors import InputError
 from dpo_loop.training.batches import Cut
 from dpo_loop.training.processes import MicroBatch, Processes
 
@@ -92,7 +93,7 @@ class Accumulator:
                 if micro.counts:
                     parts.append({name: value.detach().double() for name, value in found.items()})
         except (RuntimeError, MemoryError) as error:
-            failure = _out_of_memory(error)
+            failure = out_of_memory(error)
             if not failure:
                 raise
             if self.processes.sharded:  # the others wait for its part of a layer, and end with it
@@ -123,9 +124,18 @@ def without_dropout(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _out_of_memory(error: Exception) -> str:
+def out_of_memory(error: Exception) -> str:
     """What the allocator said in one line; empty if this is another error."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in _OUT_OF_MEMORY_WORDS):
         return text.splitlines()[0]
     return ""
+
+
+def does_not_fit(what: str, shortage: str, *, expected: str) -> InputError:
+    """expected: what the memory plan said; empty where there was none."""
+    planned = f" Expected were {expected}." if expected else ""
+    return InputError(
+        f"{what} does not fit into memory ({shortage}).{planned} Ways out: a lower micro_batch_tokens or max_length, gradient_checkpointing: true, a "
+        "lower lora.rank, quantize_base: nf4, a smaller base, or a larger device. The same command resumes from the last checkpoint."
+    )

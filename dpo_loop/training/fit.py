@@ -24,7 +24,7 @@ from dpo_loop.errors import InputError, TrainingDivergedError
 from dpo_loop.exchange import ALARMS, METRICS
 from dpo_loop.journal import Journal
 from dpo_loop.progress import say
-from dpo_loop.training.accumulation import Accumulator, Objective, OutOfMemoryError
+from dpo_loop.training.accumulation import Accumulator, Objective, OutOfMemoryError, does_not_fit
 from dpo_loop.training.alarms import Alarm, alarms_at
 from dpo_loop.training.batches import Cut, optimizer_steps
 from dpo_loop.training.checkpoints import read_newest_checkpoint, rows_until, write_checkpoint
@@ -122,6 +122,13 @@ class _Loop:
         self.alarms: list[Alarm] = []
         self.journals: dict[str, Journal] = {}
         self.opening = f"{plan.stage}: {plan.label}"
+        self.provenance = {**plan.provenance, "order": content_id(self.steps), "optimizer": plan.optimizer.model_dump()}
+        self.circumstances = {
+            **plan.circumstances,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "num_processes": self.processes.num,
+            "versions": package_versions(),
+        }
 
     def resume(self) -> int:
         """Restore the newest checkpoint; returns how many steps are done. What was measured after it is measured again."""
@@ -223,16 +230,11 @@ class _Loop:
         try:
             return attempt()
         except OutOfMemoryError as error:
-            shortage = str(error)
-        raise self._too_large(shortage)
+            raise self._too_large(str(error)) from error
 
     def _too_large(self, shortage: str) -> InputError:
-        expected = f" Expected were {self.plan.expected_memory}." if self.plan.expected_memory else ""
-        return InputError(
-            f"{self.plan.label} does not fit into memory with micro-batches of {self.max_tokens} tokens ({shortage}).{expected} Ways out: a lower "
-            "micro_batch_tokens or max_length, gradient_checkpointing: true, a lower lora.rank, a smaller base, or a larger device. The same "
-            "command resumes from the last checkpoint."
-        )
+        what = f"{self.plan.label} with micro-batches of {self.max_tokens} tokens"
+        return does_not_fit(what, shortage, expected=self.plan.expected_memory)
 
     def _raise_alarms(self) -> None:
         if self.plan.alarms is None:
@@ -249,7 +251,7 @@ class _Loop:
 
     def _read(self) -> tuple[int, dict[str, Any] | None, list[dict[str, Any]], list[Alarm]]:
         found = read_newest_checkpoint(
-            self.keep / CHECKPOINTS, stage=self.plan.stage, provenance=self._provenance(), circumstances=self._circumstances()
+            self.keep / CHECKPOINTS, stage=self.plan.stage, provenance=self.provenance, circumstances=self.circumstances
         )
         done, state = found or (0, None)
         metrics, alarms = (rows_until(self.keep / name, step=done) for name in (METRICS, ALARMS))
@@ -269,20 +271,9 @@ class _Loop:
                 "halved": self.halved,
                 "best": self.best.state(),
             },
-            provenance=self._provenance(),
-            circumstances=self._circumstances(),
+            provenance=self.provenance,
+            circumstances=self.circumstances,
         )
-
-    def _provenance(self) -> dict[str, Any]:
-        return {**self.plan.provenance, "order": content_id(self.steps), "optimizer": self.plan.optimizer.model_dump()}
-
-    def _circumstances(self) -> dict[str, Any]:
-        return {
-            **self.plan.circumstances,
-            "micro_batch_tokens": self.plan.micro_batch_tokens,
-            "num_processes": self.processes.num,
-            "versions": package_versions(),
-        }
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self.processes.is_main:
@@ -293,11 +284,8 @@ class _Loop:
             say(f"{self.opening} {text}")
 
     def _diverged(self, what: str) -> TrainingDivergedError:
-        last = (
-            ", ".join(f"{name} {value:.4g}" for name, value in self.rows[-1].items())
-            if self.rows
-            else "none, it was the first step"
-        )
+        row = self.rows[-1] if self.rows else {}
+        last = ", ".join(f"{name} {value:.4g}" for name, value in row.items()) or "none, it was the first step"
         return TrainingDivergedError(
             f"{self.plan.label} diverged {what}. Last good step: {last}. Nothing was published; the metrics up to there are kept in "
             f"{self.keep / METRICS}. Ways out: a lower learning rate, a smaller max_grad_norm, or look at the pairs."

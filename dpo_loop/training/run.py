@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dpo_loop.exchange import ALARMS, CANARY, METRICS, TRAIN_VERSION
 from dpo_loop.files import read_jsonl, write_jsonl
 from dpo_loop.policies import adapter_sha256, write_policy
 from dpo_loop.progress import say
+from dpo_loop.training.accumulation import does_not_fit, out_of_memory
 from dpo_loop.training.batches import cut_for
 from dpo_loop.training.canary import pick_sequences, write_canary
 from dpo_loop.training.examples import Examples, examples_of
@@ -74,7 +76,7 @@ def train_adapter(job: Job) -> StageOutcome:
         longest_tokens=max(len(row) * max(sequence.num_forwarded for sequence in row) for row in examples.rows),
     )
     _introduce(job, examples, memory, accelerator)
-    with tracking(accelerator, config, out=job.out):
+    with tracking(accelerator, config, out=job.out), _shortage_explained(config, memory):
         reference = _reference(job, examples.referred, accelerator, max_tokens=REFERENCE_BATCHES * memory.micro_batch_tokens)
         model = _start(policy, config, accelerator, gradient_checkpointing=memory.gradient_checkpointing)
         if processes.sharded:
@@ -136,6 +138,17 @@ def _expected(memory: MemoryPlan) -> str:
     limit = "" if memory.limit_bytes is None else f" of {memory.limit_bytes / 2**30:.1f}"
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     return f"{memory.total_bytes / 2**30:.2f}{limit} GiB ({listed})"
+
+
+@contextmanager
+def _shortage_explained(config: TrainingConfig, memory: MemoryPlan) -> Iterator[None]:
+    """Of memory that runs out where a smaller micro-batch does not help: when a model is loaded, or the optimizer's state is made."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if shortage := out_of_memory(error):
+            raise does_not_fit(f"training ({config.loss.kind})", shortage, expected=_expected(memory)) from error
+        raise
 
 
 def _reference(job: Job, sequences: Sequence[TokenSequence], accelerator: Any, *, max_tokens: int) -> list[Tensor]:
@@ -244,7 +257,7 @@ def _summary(fitted: Fitted, config: TrainingConfig, model: Any) -> dict[str, An
         "weights_of_step": fitted.weights_of_step,
         "alarms": len(fitted.alarms),
         "micro_batch_tokens": fitted.micro_batch_tokens,
-        "loss": config.loss.kind,
+        "loss_kind": config.loss.kind,
         "reference": config.reference,
         "lora_rank": shape.r,
         "lora_alpha": shape.lora_alpha,

@@ -209,7 +209,7 @@ def relative(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / abs(theirs) if theirs else math.nan
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Loss and gradients of the product's forward against separate forwards, and against TRL."
     )
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=MIN_PAIRS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line, and nothing else on stdout")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if given.pairs < MIN_PAIRS:
         raise SystemExit(f"--pairs {given.pairs}: at least {MIN_PAIRS}, each of which is hard in a way of its own")
     if not (given.model / "config.json").is_file():

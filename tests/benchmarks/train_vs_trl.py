@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -181,7 +182,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Our training against TRL's DPOTrainer: speed, memory, gradients.")
     parser.add_argument("--json", action="store_true", help="the figures as JSON on the last line")
     parser.add_argument("--cases", default="256/128,512/128,128/256", help="prompt/completion tokens, comma-separated")
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch finds no CUDA device on this machine; leave the option out to measure on the CPU")
     if given.pairs % given.micro_pairs or given.pairs < 1:
@@ -206,8 +207,10 @@ def main() -> None:
         model = given.model
         if model is None:
             model = Path(name)
-            words = [sys.executable, "-m", "tests.benchmarks.shapes", given.shape, name, "--device", given.device]
-            subprocess.run(words, check=True)  # in a process of its own: the memory it took is gone before anything is measured
+            command = [sys.executable, "-m", "tests.benchmarks.shapes", given.shape, name, "--device", given.device]
+            subprocess.run(
+                command, check=True, stderr=subprocess.DEVNULL
+            )  # in a process of its own: the memory it took is gone before anything is measured
         rows = [measure(case, model, given) for case in cases]
     show(rows)
     if given.json:

@@ -149,6 +149,8 @@ def test_paths_of_union_members_are_those_of_the_file(tmp_path: Path) -> None:
         (training(lora={"variant": "dora"}), "training.lora.variant"),
         (training(lora={"target": "q_proj, model.lm_head"}), "training.lora.target"),
         (training(quantize_base="nf4", dtype="float32"), "training.quantize_base"),
+        (training(accelerate_config="nowhere.yaml"), "training.accelerate_config"),
+        (training(loss={"kind": "kto"}, feedback="nowhere.jsonl"), "training.feedback"),
     ],
 )
 def test_preflight_names_the_key(tmp_path: Path, changes: dict[str, object], key: str) -> None:

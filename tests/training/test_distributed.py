@@ -63,9 +63,7 @@ def test_two_processes_have_the_loss_curve_of_one(loss: str, tmp_path: Path, bas
     assert manifests[0].outcome.tallies == manifests[1].outcome.tallies
 
 
-def test_a_base_in_shards_is_trained_as_a_whole_one(
-    tmp_path: Path, adapted: PolicyRef, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_base_in_shards_is_trained_as_a_whole_one(tmp_path: Path, adapted: PolicyRef, capsys: pytest.CaptureFixture[str]) -> None:
     """With the accelerate config that is shipped, on the CPU."""
     pairs = write_pairs(tmp_path / "pair", make_pairs(41))
     config = training_config(held_out=HELD_OUT, gradient_checkpointing=True)

@@ -1,22 +1,30 @@
-"""What keeps the adapters that a config asks for from being trained or served."""
+"""What keeps the training that a config asks for from being done here, or its adapters from being served."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from dpo_loop.config import LoraShape, SftStart
+from dpo_loop.training.prerequisites import accelerate_problems, tracker_problems
 from dpo_loop.weights import NOT_ADAPTABLE
 from flows.config import RunConfig
 
 
-def adapter_config_problems(config: RunConfig) -> Iterator[str]:
+def training_problems(config: RunConfig) -> Iterator[str]:
     yield from _shape_problems(config, "training.lora", config.training.lora)
     if isinstance(config.start, SftStart) and config.start.sft.lora is not None:
         yield from _shape_problems(config, "start.sft.lora", config.start.sft.lora)
     if config.training.quantize_base is not None:
         yield from _quantization_problems(config)
+    yield from accelerate_problems(config.training)
+    if "train" not in config.stage_python:
+        yield from tracker_problems(config.training.trackers)
+    feedback = config.training.feedback
+    if feedback is not None and not Path(feedback).is_file():
+        yield f"training.feedback: {feedback} is not a file; give JSONL of messages and thumbs_up, or leave it out"
 
 
 def _shape_problems(config: RunConfig, name: str, shape: LoraShape) -> Iterator[str]:
