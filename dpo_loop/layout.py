@@ -14,6 +14,7 @@ runs/demo/
   rounds/001/terms.json  the anchor and the waivers that hold for this round, pinned when it begins
   rounds/001/<stage>/manifest.json
   rounds/001/failed/<stage>.json   why a stage could not finish
+  rounds/001/trackers/   what was sent to TensorBoard and its like while training
   rounds/001/round.json  the end of the round
 """
 

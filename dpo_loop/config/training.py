@@ -113,9 +113,9 @@ class TrainingConfig(Settings):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where figures are sent too, through accelerate; the stage's own metrics.jsonl is always written."""
     num_processes: int = Field(1, ge=1)
-    """Data parallel: processes of one `accelerate launch`. The loss curve is that of one process."""
+    """Data parallel: processes of one `accelerate launch` on this machine. Without dropout the loss curve is that of one process."""
     accelerate_config: str | None = None
-    """A file of `accelerate config` for what num_processes cannot say: FSDP2, several machines."""
+    """A file of `accelerate config` for what num_processes cannot say: deploy/accelerate/fsdp2.yaml keeps a large base in shards."""
     checkpoint_every_steps: int = Field(50, ge=1)
     seed: int = 0
 

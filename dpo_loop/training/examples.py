@@ -31,6 +31,8 @@ class Examples:
     referred: Sequence[TokenSequence]
     build: Callable[[Scorer, Sequence[Tensor], float | None], PreferenceObjective]
     """(scorer, reference log-probs of `referred`, start tolerance)."""
+    per_pair: int = 1
+    """Rows that a pair makes."""
     tallies: tuple[Tally, ...] = ()
 
     @property
@@ -102,5 +104,6 @@ def _thumbs(
         held_out=[row for pair in held_out for row in (2 * pair, 2 * pair + 1)],
         referred=[*(example.sequence for example in examples), *others],
         build=build,
+        per_pair=2,
         tallies=tallies,
     )

@@ -26,6 +26,7 @@ from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.files import write_json
 from dpo_loop.policies import ADAPTER_ORIGIN, base_name
 from dpo_loop.training.model_checks import check_can_quantize, check_complete, check_finite, check_quantized, stored_tensors
+from dpo_loop.training.sharding import shard_base, wants_shards
 from dpo_loop.types import PolicyRef
 from dpo_loop.weights import NOT_ADAPTABLE
 
@@ -65,7 +66,8 @@ def load_base(path: str, *, accelerator: Accelerator, frozen: bool, quantize_bas
     model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
     check_complete(loading, path)
     if quantize_base is None:
-        model = model.to(accelerator.device)
+        if not wants_shards(accelerator):  # else no device may have to hold all of it, and shard_base brings it there
+            model = model.to(accelerator.device)
         check_finite(model.named_parameters(), path)
     else:
         check_quantized(model, path)
@@ -84,11 +86,13 @@ def _nf4() -> BitsAndBytesConfig:
 
 def load_policy(policy: PolicyRef, *, accelerator: Accelerator, quantize_base: Quantization | None = None) -> Any:
     """Base plus adapter, if it has one; frozen. Raises as `load_base` and `continue_adapter` do."""
-    base = load_base(policy.base, accelerator=accelerator, frozen=True, quantize_base=quantize_base)
-    if policy.adapter is None:
-        return base
-    adapter = Path(policy.adapter)
-    return _load_adapter(base, adapter, PeftConfig.from_pretrained(adapter), trainable=False).requires_grad_(False)
+    model = load_base(policy.base, accelerator=accelerator, frozen=True, quantize_base=quantize_base)
+    if policy.adapter is not None:
+        adapter = Path(policy.adapter)
+        model = _load_adapter(model, adapter, PeftConfig.from_pretrained(adapter), trainable=False).requires_grad_(False)
+    if wants_shards(accelerator):
+        shard_base(model, accelerator)
+    return model
 
 
 def add_adapter(base: Any, shape: LoraShape, *, seed: int) -> Any:

@@ -26,6 +26,7 @@ from dpo_loop.training.logprobs import Scorer
 from dpo_loop.training.models import Quantization, load_policy
 from dpo_loop.training.probe import build_scorer
 from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.sharding import wants_shards
 from dpo_loop.types import PolicyRef, content_id
 
 PRODUCER_VERSION = 2
@@ -69,9 +70,13 @@ def reference_logprobs(
     if kept:
         reference.check(kept, distinct, keep)
         reference.say(f"reference of {len(kept)} completions, kept from before")
-    for window in _windows(distinct, accelerator.num_processes)[accelerator.process_index :: accelerator.num_processes]:
+    windows, sharded = _windows(distinct, accelerator.num_processes), wants_shards(accelerator)
+    # Over a base in shards every forward needs all processes: they compute all windows together, and one writes.
+    for window in windows if sharded else windows[accelerator.process_index :: accelerator.num_processes]:
         if missing := {entry: sequence for entry, sequence in window.items() if entry not in kept}:
-            store.write(reference.score(missing))
+            scored = reference.score(missing)
+            if accelerator.is_main_process or not sharded:
+                store.write(scored)
     accelerator.wait_for_everyone()
     del model, scorer, reference
     gc.collect()  # PEFT's models are cycles: the next one is loaded where this one was
@@ -152,7 +157,7 @@ class _Pass:
         return torch.split(logps_N, [len(sequence.completion) for sequence in sequences])
 
     def _halve(self, error: Exception) -> None:
-        if self.halved:
+        if self.halved or wants_shards(self.accelerator):
             raise InputError(
                 f"the reference does not fit into memory with {self.max_tokens} tokens at a time either ({str(error).splitlines()[0]}); set "
                 "training.micro_batch_tokens lower, or training.quantize_base: nf4"
@@ -161,7 +166,8 @@ class _Pass:
         self.say(f"reference ran out of memory; going on with {self.max_tokens} tokens at a time")
 
     def _progress(self, num_scored: int) -> None:
-        self.num_done = min(self.num_all, self.num_done + num_scored * self.accelerator.num_processes)
+        at_once = 1 if wants_shards(self.accelerator) else self.accelerator.num_processes
+        self.num_done = min(self.num_all, self.num_done + num_scored * at_once)
         if self.num_done == self.num_all or time.monotonic() - self.said >= SAY_EVERY_S:
             self.said = time.monotonic()
             self.say(f"reference {self.num_done}/{self.num_all} completions")

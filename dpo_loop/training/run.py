@@ -76,7 +76,7 @@ def train_adapter(job: Job) -> StageOutcome:
         longest_tokens=max(len(row) * max(sequence.num_forwarded for sequence in row) for row in examples.rows),
     )
     _introduce(job, examples, memory, accelerator)
-    with tracking(accelerator, config, out=job.out), _shortage_explained(config, memory):
+    with tracking(accelerator, config, out=job.out), shortage_explained(config, memory):
         reference = _reference(job, examples.referred, accelerator, max_tokens=REFERENCE_BATCHES * memory.micro_batch_tokens)
         model = _start(policy, config, accelerator, gradient_checkpointing=memory.gradient_checkpointing)
         if processes.sharded:
@@ -141,7 +141,7 @@ def _expected(memory: MemoryPlan) -> str:
 
 
 @contextmanager
-def _shortage_explained(config: TrainingConfig, memory: MemoryPlan) -> Iterator[None]:
+def shortage_explained(config: TrainingConfig, memory: MemoryPlan) -> Iterator[None]:
     """Of memory that runs out where a smaller micro-batch does not help: when a model is loaded, or the optimizer's state is made."""
     try:
         yield
@@ -190,7 +190,7 @@ def _plan(job: Job, examples: Examples, scorer: Scorer, memory: MemoryPlan) -> P
         num_tokens=examples.num_tokens,
         cut=cut_for(scorer, lambda row: examples.rows[row]),
         epochs=config.epochs,
-        per_step=config.pairs_per_step,
+        per_step=examples.per_pair * config.pairs_per_step,
         micro_batch_tokens=memory.micro_batch_tokens,
         checkpoint_every_steps=config.checkpoint_every_steps,
         optimizer=config.optimizer,

@@ -24,9 +24,11 @@ from dpo_loop.training.checkpoints import KEPT, MANIFEST, STATE, read_newest_che
 from dpo_loop.training.examples import examples_of
 from dpo_loop.training.fit import CHECKPOINTS, Fitted, Plan, fit
 from dpo_loop.training.held_out import held_out_rows
+from dpo_loop.training.memory import plan_memory
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
 from dpo_loop.training.probe import build_scorer
 from dpo_loop.training.reference import reference_logprobs
+from dpo_loop.training.run import shortage_explained
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs, stage_dir, train, training_config
 
@@ -202,6 +204,19 @@ def test_memory_that_runs_out_twice_is_an_error_with_what_was_expected(tmp_path:
         InputError, match=r"with micro-batches of 25 tokens does not fit into memory .*can't allocate.*Expected were 12 GiB"
     ):
         attempt(base, tmp_path, PLAIN, most_rows=0)
+
+
+def test_memory_that_runs_out_elsewhere_is_explained_with_the_plan(base: PolicyRef) -> None:
+    memory = plan_memory(Path(base.base), PLAIN, device="cpu", limit_bytes=8 << 30)
+    with (
+        pytest.raises(
+            InputError, match=r"can't allocate memory.*Expected were 0\.\d+ of 8\.0 GiB \(weights 0\.00, .*quantize_base"
+        ),
+        shortage_explained(PLAIN, memory),
+    ):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), shortage_explained(PLAIN, memory):
+        torch.zeros(2).view(3)
 
 
 @pytest.mark.slow
