@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_loop.config import KtoLoss
 from dpo_loop.layout import RunDir
-from dpo_loop.training.memory import MemoryPlan, machine_bytes, plan_memory
+from dpo_loop.training.memory.plan import MemoryPlan, machine_bytes, plan_memory
 from flows.config import RunConfig
 from flows.paths import WORLD_PREFIX, is_hub_id
 

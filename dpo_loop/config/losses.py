@@ -1,4 +1,4 @@
-"""The preference losses, one config each; names are TRL's where TRL has the loss. What they compute is in dpo_loop/training/losses.py."""
+"""The preference losses, one config each; names are TRL's where TRL has the loss. What they compute is in dpo_loop/training/objectives/losses.py."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dpo_loop.files import write_json
-from dpo_loop.training.logprobs import completion_logprobs
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import completion_logprobs
+from dpo_loop.training.forward.sequences import TokenSequence
 
 NUM_SEQUENCES = 8
 MAX_COMPLETION_TOKENS = 64

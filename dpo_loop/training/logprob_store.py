@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpo_loop.errors import CorruptArtifactError
 from dpo_loop.files import sync_directory
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.sequences import TokenSequence
 
 _ENTRY_BYTES = 16
 

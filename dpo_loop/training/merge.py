@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_loop.errors import PolicyError
 from dpo_loop.progress import say
 from dpo_loop.training.canary import everyday_sequences, pick_sequences
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.types import PolicyRef, Record
 
 disable_progress_bar()  # lines, not bars

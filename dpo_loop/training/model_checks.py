@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dpo_loop.errors import InputError, PolicyError
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.weights import weight_files
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from dpo_loop.training.batches import Cut
+from dpo_loop.training.loop.batches import Cut
 from dpo_loop.training.sharding import wants_shards
 
 Value = TypeVar("Value")

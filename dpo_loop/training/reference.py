@@ -20,12 +20,12 @@ from torch import Tensor
 
 from dpo_loop.errors import InputError, TrainingDivergedError
 from dpo_loop.progress import say
-from dpo_loop.training.batches import cut_for
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.logprob_store import LogprobStore, entry_of
-from dpo_loop.training.logprobs import Scorer
+from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.models import Quantization, load_policy
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.training.sharding import wants_shards
 from dpo_loop.types import PolicyRef, content_id
 

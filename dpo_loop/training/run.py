@@ -14,13 +14,16 @@ from dpo_loop.exchange import ALARMS, CANARY, METRICS, TRAIN_VERSION
 from dpo_loop.files import read_jsonl, write_jsonl
 from dpo_loop.policies import adapter_sha256, write_policy
 from dpo_loop.progress import say
-from dpo_loop.training.accumulation import does_not_fit, out_of_memory
-from dpo_loop.training.batches import cut_for
 from dpo_loop.training.canary import pick_sequences, write_canary
-from dpo_loop.training.examples import Examples, examples_of
-from dpo_loop.training.fit import Fitted, Plan, fit
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.memory import REFERENCE_BATCHES, MemoryPlan, plan_memory
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.loop.accumulation import does_not_fit, out_of_memory
+from dpo_loop.training.loop.batches import cut_for
+from dpo_loop.training.loop.fit import Fitted, Plan, fit
+from dpo_loop.training.loop.trackers import tracking
+from dpo_loop.training.memory.peaks import memory_limit_bytes, peak_memory_bytes
+from dpo_loop.training.memory.plan import REFERENCE_BATCHES, MemoryPlan, plan_memory
 from dpo_loop.training.models import (
     add_adapter,
     build_accelerator,
@@ -31,13 +34,10 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
-from dpo_loop.training.peaks import memory_limit_bytes, peak_memory_bytes
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.objectives.examples import Examples, examples_of
 from dpo_loop.training.processes import Processes
 from dpo_loop.training.reference import reference_logprobs, tolerance
-from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.training.sharding import free_gathered, shard_base
-from dpo_loop.training.trackers import tracking
 from dpo_loop.types import PolicyRef, PreferencePair, Record, StageOutcome, content_id
 
 

@@ -18,9 +18,11 @@ from dpo_loop.exchange import CANARY, METRICS, SEED_VERSION
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy, write_policy
 from dpo_loop.progress import say
-from dpo_loop.training.batches import cut_for
 from dpo_loop.training.canary import everyday_sequences, pick_sequences, write_canary
-from dpo_loop.training.fit import Plan, fit
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.loop.batches import cut_for
+from dpo_loop.training.loop.fit import Plan, fit
 from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.training.models import (
     add_adapter,
@@ -31,9 +33,7 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
-from dpo_loop.training.sft import SftExample, SftObjective, read_demonstrations, tokenize
+from dpo_loop.training.objectives.sft import SftExample, SftObjective, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef, StageOutcome
 
 _SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]

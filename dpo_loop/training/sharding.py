@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.logprobs import bare_model
+from dpo_loop.training.forward.logprobs import bare_model
 
 
 def wants_shards(accelerator: Any) -> bool:

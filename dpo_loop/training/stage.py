@@ -10,11 +10,11 @@ from dpo_loop.errors import CorruptArtifactError, NoPairsError
 from dpo_loop.exchange import DROPPED, TRAIN_VERSION, read_pairs
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy
-from dpo_loop.training.held_out import held_out_rows
 from dpo_loop.training.launch import launch
+from dpo_loop.training.loop.held_out import held_out_rows
 from dpo_loop.training.model_checks import vocabulary_size
+from dpo_loop.training.objectives.selection import check_vocabulary, select, tally_of
 from dpo_loop.training.run import Job, train_adapter
-from dpo_loop.training.selection import check_vocabulary, select, tally_of
 from dpo_loop.types import PolicyRef, StageOutcome
 
 KEY, SELECTED = "key", "selected.jsonl"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dpo_loop.config import LoraShape, OptimizerConfig, SigmoidLoss
-from dpo_loop.training.fit import Plan, fit
-from dpo_loop.training.logprobs import Scorer
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.loop.fit import Plan, fit
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
-from dpo_loop.training.preferences import PairObjective
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.objectives.preferences import PairObjective
 from tests.benchmarks.shapes import IdPair, move_adapter
 
 

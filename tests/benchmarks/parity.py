@@ -32,12 +32,12 @@ from transformers import AutoConfig
 
 from dpo_loop.config import KtoLoss, LoraShape, Loss, OrpoLoss, SimpoLoss, TrainingConfig
 from dpo_loop.errors import DpoLoopError
-from dpo_loop.training.examples import Examples, examples_of
-from dpo_loop.training.kto import mismatched, split_pairs
-from dpo_loop.training.logprobs import TokenScores
+from dpo_loop.training.forward.logprobs import TokenScores
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.models import add_adapter, load_base, set_training_mode
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.objectives.examples import Examples, examples_of
+from dpo_loop.training.objectives.kto import mismatched, split_pairs
 from tests.benchmarks.our_side import lora_of, sequences_of
 from tests.benchmarks.shapes import IdPair, move_adapter, relative_l2, vocabulary
 from tests.benchmarks.trl_losses import Trl, lacks
@@ -69,8 +69,8 @@ NAMES: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | {
 }
 """What each NAME means; hyphens and capitals are as good as underscores and small letters."""
 MIN_PAIRS = 6
-LONGEST_WINDOW = 4_096
-"""Beyond it a sequence past the window would take minutes on a CPU; the product's probe does the same check then."""
+LONGEST_WINDOW = 256
+"""Sequences past a longer one would take gigabytes of eager attention; where the product trains on such, its probe checks that at the start."""
 
 
 def named(name: str) -> tuple[Loss, float]:

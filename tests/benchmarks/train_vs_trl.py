@@ -111,7 +111,12 @@ def take_turns(sides: dict[str, Side], repeats: int, *, online: bool) -> dict[st
 def row_of(
     case: Case, pairs: list[IdPair], passes: dict[bool, dict[str, list[dict[str, float]]]], facts: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": case.prompt, "completion": case.completion, "packed": facts["ours"]["packed"]}
+    row: dict[str, Any] = {
+        "prompt": case.prompt,
+        "completion": case.completion,
+        "packed": facts["ours"]["packed"],
+        "reason": facts["ours"]["reason"],
+    }
     for online, opening in ((False, ""), (True, "online_")):
         ours, trl = (passes[online][side] for side in SIDES)
         for unit, name in (("wall_s", "speed_ratio"), ("cpu_s", "cpu_time_ratio")):
@@ -175,7 +180,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         mfu = f"; MFU ours {row['ours_mfu']:.1%}, TRL {row['trl_mfu']:.1%}" if "ours_mfu" in row else ""
         console.print(
-            f"P/C {row['prompt']}/{row['completion']}: gradients differ by {row['grad_rel_diff']:.1e} (relative L2), packed: {row['packed']}; "
+            f"P/C {row['prompt']}/{row['completion']}: gradients differ by {row['grad_rel_diff']:.1e} (relative L2), {row['reason']}; "
             f"reference pass ours {row['ours_precompute_s']:.1f} s, TRL {row['trl_precompute_s']:.1f} s; resident before training ours "
             f"{row['ours_resident_before_mb']:,.0f} MB, TRL {row['trl_resident_before_mb']:,.0f} MB{mfu}",
             highlight=False,

@@ -15,8 +15,8 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from dpo_loop.config import KtoLoss, Loss, OrpoLoss, PairLoss, SigmoidLoss, SigmoidNormLoss, SimpoLoss
-from dpo_loop.training.kto import Example
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.objectives.kto import Example
 from tests.benchmarks.shapes import IdPair, move_adapter
 from tests.benchmarks.trl_side import QUIET, OnTokenIds, base_model, columns, lora_config, loss_and_gradients, padding_tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from dpo_loop.config import LoraShape
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
 
 PROMPT, COMPLETION = 128, 64
 TOKENS_OF_A_PAIR = PROMPT + 2 * (COMPLETION - 1)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from dpo_loop.config import AlarmLimits, AlarmsConfig
-from dpo_loop.training.alarms import Alarm, alarms_at
+from dpo_loop.training.loop.alarms import Alarm, alarms_at
 
 HEALTHY = {
     "loss": 0.6,

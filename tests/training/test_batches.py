@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_loop.config import SigmoidLoss
-from dpo_loop.training.batches import (
+from dpo_loop.training.forward.packing import num_packed
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.loop.batches import (
     cut_for,
     epoch_order,
     micro_batches,
@@ -19,11 +22,8 @@ from dpo_loop.training.batches import (
     padded_micro_batches,
 )
 from dpo_loop.training.models import build_accelerator, continue_adapter, load_base, set_training_mode, trainable_parameters
-from dpo_loop.training.packing import num_packed
-from dpo_loop.training.preferences import PairObjective, sequences_of
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.objectives.preferences import PairObjective, sequences_of
 from dpo_loop.training.reference import reference_logprobs
-from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs
 

@@ -19,7 +19,7 @@ from dpo_loop.artifacts import scratch, stage_key
 from dpo_loop.config import HeldOutConfig, OptimizerConfig
 from dpo_loop.errors import InputError, StageFailedError, TrainingDivergedError
 from dpo_loop.exchange import METRICS
-from dpo_loop.training.fit import CHECKPOINTS
+from dpo_loop.training.loop.fit import CHECKPOINTS
 from dpo_loop.training.prerequisites import accelerate_problems
 from dpo_loop.training.processes import Processes
 from dpo_loop.training.stage import TRAIN

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.kto import Feedback, read_feedback, tokenize_feedback
+from dpo_loop.training.objectives.kto import Feedback, read_feedback, tokenize_feedback
 from dpo_loop.types import Message, PolicyRef
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpo_loop.training import head as heads
-from dpo_loop.training.head import Head, head_of, token_logprobs
+from dpo_loop.training.forward import head as heads
+from dpo_loop.training.forward.head import Head, head_of, token_logprobs
 from tests.training.families import build
 
 N, H, V = 150, 16, 40

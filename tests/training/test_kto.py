@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from dpo_loop.config import KtoLoss
 from dpo_loop.errors import TrainingDivergedError
-from dpo_loop.training.kto import Example, KtoObjective, mismatched, split_pairs
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.preferences import sequences_of
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.objectives.kto import Example, KtoObjective, mismatched, split_pairs
+from dpo_loop.training.objectives.preferences import sequences_of
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs
 

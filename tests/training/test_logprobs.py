@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from dpo_loop.training.logprobs import completion_logprobs
+from dpo_loop.training.forward.logprobs import completion_logprobs
+from dpo_loop.training.forward.sequences import TokenSequence, sum_by_sequence
 from dpo_loop.training.models import build_accelerator, load_base
-from dpo_loop.training.sequences import TokenSequence, sum_by_sequence
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from dpo_loop.config import KtoLoss, Loss, OrpoLoss, SigmoidLoss
-from dpo_loop.training.losses import (
+from dpo_loop.training.objectives.losses import (
     Side,
     kto_loss,
     ld_token_weights,

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_loop.config import KtoLoss, LoraShape, SigmoidLoss, TrainingConfig
 from dpo_loop.errors import PolicyError
-from dpo_loop.training.memory import MOST_TOKENS, MemoryPlan, machine_bytes, plan_for, plan_memory
-from dpo_loop.training.model_shape import read_shape
+from dpo_loop.training.memory.plan import MOST_TOKENS, MemoryPlan, machine_bytes, plan_for, plan_memory
+from dpo_loop.training.memory.shape import read_shape
 from dpo_loop.training.models import add_adapter
 from tests.training.memory_probe import TOKENS_OF_A_PAIR
 from tests.training.shapes import LLAMA_8B, write_shape
@@ -192,7 +192,7 @@ def test_a_damaged_file_of_weights_is_named(llama: Path) -> None:
 
 
 def test_planning_does_not_import_torch() -> None:
-    code = "import sys; import dpo_loop.training.memory; sys.exit('torch' in sys.modules)"
+    code = "import sys; import dpo_loop.training.memory.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.training.models import (
     add_adapter,
@@ -35,7 +36,6 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
-from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef
 from tests.builders import build_adapter, build_model
 

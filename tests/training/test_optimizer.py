@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_loop.config import OptimizerConfig
-from dpo_loop.training.optimizer import lr_at
+from dpo_loop.training.loop.optimizer import lr_at
 
 
 def rates(schedule: str, *, num_steps: int, warmup_ratio: float) -> list[float]:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_loop.training import lora_linear
-from dpo_loop.training.logprobs import completion_logprobs, set_attention
+from dpo_loop.training.forward import lora_linear
+from dpo_loop.training.forward.logprobs import completion_logprobs, set_attention
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.forward.tree_attention import tree_attention
 from dpo_loop.training.models import set_training_mode
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
-from dpo_loop.training.tree_attention import tree_attention
 from tests.training.families import PACKED, PADDED, VOCAB, adapter_parameters, build, with_adapter
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_loop.training.packing import Span, Tree, num_packed, pack
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.packing import Span, Tree, num_packed, pack
+from dpo_loop.training.forward.sequences import TokenSequence
 
 FIRST = TokenSequence((1, 2, 3), (10, 11, 12))
 OTHER = TokenSequence((1, 2, 3), (20, 21))

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_loop.config import Loss
 from dpo_loop.errors import TrainingDivergedError
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.preferences import PairObjective, check_start, sequences_of
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.objectives.preferences import PairObjective, check_start, sequences_of
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import dpo_loop.training.reference as reference_module
 from dpo_loop.errors import CorruptArtifactError, InputError, TrainingDivergedError
-from dpo_loop.training.logprobs import completion_logprobs
+from dpo_loop.training.forward.logprobs import completion_logprobs
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.models import build_accelerator, load_policy
-from dpo_loop.training.preferences import sequences_of
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.objectives.preferences import sequences_of
 from dpo_loop.training.reference import reference_logprobs
-from dpo_loop.training.sequences import TokenSequence
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs
 

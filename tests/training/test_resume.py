@@ -18,15 +18,15 @@ from dpo_loop.artifacts import scratch
 from dpo_loop.config import AlarmLimits, AlarmsConfig, HeldOutConfig, LoraShape, OptimizerConfig, TrainingConfig
 from dpo_loop.errors import CorruptArtifactError, InputError
 from dpo_loop.exchange import ALARMS, METRICS
-from dpo_loop.training.accumulation import Objective, without_dropout
-from dpo_loop.training.batches import cut_for
-from dpo_loop.training.checkpoints import KEPT, MANIFEST, STATE, read_newest_checkpoint, write_checkpoint
-from dpo_loop.training.examples import examples_of
-from dpo_loop.training.fit import CHECKPOINTS, Fitted, Plan, fit
-from dpo_loop.training.held_out import held_out_rows
-from dpo_loop.training.memory import plan_memory
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.loop.accumulation import Objective, without_dropout
+from dpo_loop.training.loop.batches import cut_for
+from dpo_loop.training.loop.checkpoints import KEPT, MANIFEST, STATE, read_newest_checkpoint, write_checkpoint
+from dpo_loop.training.loop.fit import CHECKPOINTS, Fitted, Plan, fit
+from dpo_loop.training.loop.held_out import held_out_rows
+from dpo_loop.training.memory.plan import plan_memory
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.objectives.examples import examples_of
 from dpo_loop.training.reference import reference_logprobs
 from dpo_loop.training.run import shortage_explained
 from dpo_loop.types import PolicyRef

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dpo_loop.training.step_lines
+import dpo_loop.training.loop.step_lines
 from dpo_loop.artifacts import materialize
 from dpo_loop.config import LoraShape, ModelStart, OptimizerConfig, SftConfig, SftStart, Start
 from dpo_loop.errors import InputError, PolicyError
@@ -74,7 +74,7 @@ def test_sft_on_all_weights_publishes_a_whole_model_that_learned(tmp_path: Path,
 def test_every_progress_line_is_one_that_the_command_line_shows(
     tmp_path: Path, base: PolicyRef, demonstrations: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dpo_loop.training.step_lines, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(dpo_loop.training.loop.step_lines, "SAY_EVERY_S", 0.0)
     seed(tmp_path, sft_start(epochs=1), Path(base.base), demonstrations=demonstrations)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not is_progress("seed", line)] == []

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from dpo_loop.errors import InputError
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.models import build_accelerator, load_base
-from dpo_loop.training.probe import build_scorer
-from dpo_loop.training.sequences import TokenSequence
-from dpo_loop.training.sft import Demonstration, SftExample, SftObjective, read_demonstrations, tokenize
+from dpo_loop.training.objectives.sft import Demonstration, SftExample, SftObjective, read_demonstrations, tokenize
 from dpo_loop.types import PolicyRef
 from tests.builders import CHAT_TEMPLATE, build_model
 

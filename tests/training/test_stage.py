@@ -15,8 +15,8 @@ from dpo_loop.errors import CorruptArtifactError, InputError, NoPairsError, Poli
 from dpo_loop.exchange import ALARMS, CANARY, DROPPED, METRICS
 from dpo_loop.files import write_jsonl
 from dpo_loop.policies import ADAPTER_ORIGIN, adapter_problems, describe_policy, read_policy
-from dpo_loop.training.fit import CHECKPOINTS
-from dpo_loop.training.held_out import held_out_rows
+from dpo_loop.training.loop.fit import CHECKPOINTS
+from dpo_loop.training.loop.held_out import held_out_rows
 from dpo_loop.types import PolicyRef
 from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
@@ -280,9 +280,9 @@ def test_a_reference_that_is_not_the_policy_aborts_at_the_first_step(tmp_path: P
     """T12: the reference was computed with the adapter off."""
     import torch
 
+    from dpo_loop.training.forward.probe import build_scorer
     from dpo_loop.training.models import build_accelerator, load_policy
-    from dpo_loop.training.preferences import PairObjective, sequences_of
-    from dpo_loop.training.probe import build_scorer
+    from dpo_loop.training.objectives.preferences import PairObjective, sequences_of
     from dpo_loop.training.reference import reference_logprobs
 
     accelerator = build_accelerator("float32")

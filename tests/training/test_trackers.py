@@ -9,8 +9,8 @@ import pytest
 from dpo_loop.artifacts import read_manifest, verify
 from dpo_loop.errors import InputError
 from dpo_loop.exchange import METRICS
+from dpo_loop.training.loop.trackers import FOLDER
 from dpo_loop.training.prerequisites import tracker_problems
-from dpo_loop.training.trackers import FOLDER
 from dpo_loop.types import PolicyRef
 from tests.training.world import stage_dir, train, training_config
 

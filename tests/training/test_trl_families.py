@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.types import PolicyRef
 from tests.training.trl_trainers import Ours, dpo_trainer, lora_shape, move_away_from_the_reference, set_loss
 

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from dpo_loop.config import KtoLoss
-from dpo_loop.training.kto import KtoObjective, mismatched, split_pairs
-from dpo_loop.training.probe import build_scorer
+from dpo_loop.training.forward.probe import build_scorer
+from dpo_loop.training.objectives.kto import KtoObjective, mismatched, split_pairs
 from dpo_loop.types import PolicyRef
 from tests.training.trl_trainers import (
     CHOSEN,

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_loop.config import Loss
-from dpo_loop.training.kto import KtoObjective
-from dpo_loop.training.logprobs import Scorer, completion_logprobs
-from dpo_loop.training.preferences import PairObjective, sequences_of
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer, completion_logprobs
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.objectives.kto import KtoObjective
+from dpo_loop.training.objectives.preferences import PairObjective, sequences_of
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pair, make_pairs
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.sequences import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)

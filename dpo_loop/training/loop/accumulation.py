@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.batches import Cut
+from dpo_loop.training.loop.batches import Cut
 from dpo_loop.training.processes import MicroBatch, Processes
 
 _OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
-from pathlib import Path
 
 import torch
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+from dpo_loop.training.memory.plan import machine_bytes
 
 
 def memory_limit_bytes(device: torch.device, *, num_processes: int) -> int:
@@ -19,10 +17,7 @@ def memory_limit_bytes(device: torch.device, *, num_processes: int) -> int:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return int(total * torch.cuda.get_per_process_memory_fraction(device))
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if _CGROUP_LIMIT.is_file() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
-        total = min(total, int(limit))
-    return total // num_processes
+    return machine_bytes() // num_processes
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_loop.config import KtoLoss, TrainingConfig
-from dpo_loop.training.model_shape import ModelShape, read_shape
+from dpo_loop.training.memory.shape import ModelShape, read_shape
 from dpo_loop.types import Record
 
 REFERENCE_BATCHES = 2

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_loop.training import lora_linear
-from dpo_loop.training.head import Head, token_logprobs
-from dpo_loop.training.packing import PackedRow, pack
-from dpo_loop.training.sequences import TokenSequence
-from dpo_loop.training.tree_attention import NAME
+from dpo_loop.training.forward import lora_linear
+from dpo_loop.training.forward.head import Head, token_logprobs
+from dpo_loop.training.forward.packing import PackedRow, pack
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.forward.tree_attention import NAME
 
 
 class TokenScores(NamedTuple):

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dpo_loop.training import lora_linear
-from dpo_loop.training.head import head_of
-from dpo_loop.training.logprobs import Scorer, bare_model, completion_logprobs, set_attention
-from dpo_loop.training.sequences import TokenSequence
-from dpo_loop.training.tree_attention import NAME
+from dpo_loop.training.forward import lora_linear
+from dpo_loop.training.forward.head import head_of
+from dpo_loop.training.forward.logprobs import Scorer, bare_model, completion_logprobs, set_attention
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.forward.tree_attention import NAME
 
 _TOLERANCE = {torch.float32: 1e-4}
 """Largest difference of a log-prob, relative to its size where that is above 1."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dpo_loop.config import KtoLoss, TrainingConfig
 from dpo_loop.config.losses import PairLoss
-from dpo_loop.training.kto import KtoObjective, mismatched, read_feedback, split_pairs, tokenize_feedback
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.preferences import PairObjective, sequences_of
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.objectives.kto import KtoObjective, mismatched, read_feedback, split_pairs, tokenize_feedback
+from dpo_loop.training.objectives.preferences import PairObjective, sequences_of
 from dpo_loop.types import PreferencePair, Tally
 
 PreferenceObjective = PairObjective | KtoObjective

@@ -13,8 +13,9 @@ from torch import Tensor
 from dpo_loop.config import Loss
 from dpo_loop.config.losses import PairLoss
 from dpo_loop.errors import TrainingDivergedError
-from dpo_loop.training.logprobs import Scorer, TokenScores
-from dpo_loop.training.losses import (
+from dpo_loop.training.forward.logprobs import Scorer, TokenScores
+from dpo_loop.training.forward.sequences import TokenSequence, sum_by_sequence
+from dpo_loop.training.objectives.losses import (
     Side,
     ld_token_weights,
     length_normalised_nll,
@@ -23,7 +24,6 @@ from dpo_loop.training.losses import (
     rewards,
     wpo_weight,
 )
-from dpo_loop.training.sequences import TokenSequence, sum_by_sequence
 from dpo_loop.types import PreferencePair
 
 

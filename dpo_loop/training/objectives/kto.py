@@ -25,11 +25,11 @@ from torch import Tensor
 
 from dpo_loop.config import KtoLoss
 from dpo_loop.errors import InputError
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.losses import Side, kto_loss, length_normalised_nll, rewards
-from dpo_loop.training.preferences import check_start
-from dpo_loop.training.sequences import TokenSequence, sum_by_sequence
-from dpo_loop.training.sft import Demonstration, tokenize
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.sequences import TokenSequence, sum_by_sequence
+from dpo_loop.training.objectives.losses import Side, kto_loss, length_normalised_nll, rewards
+from dpo_loop.training.objectives.preferences import check_start
+from dpo_loop.training.objectives.sft import Demonstration, tokenize
 from dpo_loop.types import Message, Record, Tally, content_id
 
 

@@ -24,14 +24,14 @@ from dpo_loop.errors import InputError, TrainingDivergedError
 from dpo_loop.exchange import ALARMS, METRICS
 from dpo_loop.journal import Journal
 from dpo_loop.progress import say
-from dpo_loop.training.accumulation import Accumulator, Objective, OutOfMemoryError, does_not_fit
-from dpo_loop.training.alarms import Alarm, alarms_at
-from dpo_loop.training.batches import Cut, optimizer_steps
-from dpo_loop.training.checkpoints import read_newest_checkpoint, rows_until, write_checkpoint
-from dpo_loop.training.held_out import BestLook, put
-from dpo_loop.training.optimizer import build_optimizer, lr_at
+from dpo_loop.training.loop.accumulation import Accumulator, Objective, OutOfMemoryError, does_not_fit
+from dpo_loop.training.loop.alarms import Alarm, alarms_at
+from dpo_loop.training.loop.batches import Cut, optimizer_steps
+from dpo_loop.training.loop.checkpoints import read_newest_checkpoint, rows_until, write_checkpoint
+from dpo_loop.training.loop.held_out import BestLook, put
+from dpo_loop.training.loop.optimizer import build_optimizer, lr_at
+from dpo_loop.training.loop.step_lines import StepLines
 from dpo_loop.training.processes import Processes
-from dpo_loop.training.step_lines import StepLines
 from dpo_loop.types import content_id
 
 CHECKPOINTS = "checkpoints"

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.types import Message, Record, Tally
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

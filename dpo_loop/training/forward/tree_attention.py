@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dpo_loop.training.packing import Span, TreeLayout
+from dpo_loop.training.forward.packing import Span, TreeLayout
 
 NAME = "dpo_loop_tree"
 """Of the implementation, for `model.set_attn_implementation`."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
-from dpo_loop.training.logprobs import Scorer
-from dpo_loop.training.packing import num_packed
-from dpo_loop.training.sequences import TokenSequence
+from dpo_loop.training.forward.logprobs import Scorer
+from dpo_loop.training.forward.packing import num_packed
+from dpo_loop.training.forward.sequences import TokenSequence
 
 LAUNCH_COST_TOKENS = {"cpu": 64, "cuda": 1_024}
 """What one more micro-batch costs beyond its tokens, in tokens: if it saves less padding, a cut does not pay. On the CPU, with the

@@ -1,0 +1,1 @@
+"""The one training loop: micro-batches, held-out pairs, alarms, checkpoints, exact resume."""
