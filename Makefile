@@ -33,6 +33,7 @@ bench: $(STAMP)  ## the benchmarks; minutes each
 	@$(PY) -m tests.benchmarks.judge_throughput
 	@$(PY) -m tests.benchmarks.gate_power
 	@$(PY) -m tests.benchmarks.gate_speed
+	@$(PY) -m tests.benchmarks.train_vs_trl
 	@$(PY) -m tests.benchmarks.demo_quality --seeds 3
 
 lock: $(STAMP)  ## make the complete lock anew from pyproject.toml

@@ -3,16 +3,22 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from dpo_loop.training.forward.logprobs import TokenScores
+from dpo_loop.training.forward.sequences import TokenSequence
 from tests.benchmarks import parity, train_vs_trl
-from tests.benchmarks.parity import MIN_PAIRS, NAMES, compare, hard_pairs, named
-from tests.benchmarks.shapes import Case, draw_pairs, relative_l2, shape
+from tests.benchmarks.parity import MIN_PAIRS, NAMES, SeparateForwards, compare, examples_for, found_by, hard_pairs, named
+from tests.benchmarks.shapes import Case, draw_pairs, move_adapter, relative_l2, shape
+from tests.benchmarks.trl_side import base_model, lora_config
 from tests.builders import build_model
 
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 GRADIENT_TOLERANCE = 2e-4
 """facts/training.md §13, against TRL."""
 
@@ -57,6 +63,25 @@ def test_parity_of_a_loss_that_trl_lacks_says_so_as_json(tiny: Path, capsys: pyt
     assert told["grad_rel_diff"] < 1e-5
     assert (told["trl_loss_diff"], told["trl_grad_rel_diff"]) == (None, None)
     assert "label_smoothing" in told["trl"]
+
+
+class LeakyForwards(SeparateForwards):
+    """Every completion also sees the one before it: what a packed row does whose branches are not kept apart."""
+
+    def __call__(self, sequences: Sequence[TokenSequence], *, with_collisions: bool = False) -> TokenScores:
+        before = ((), *(completion for _, completion in sequences))
+        leaky = [TokenSequence(prompt + other, own) for other, (prompt, own) in zip(before, sequences, strict=False)]
+        return super().__call__(leaky, with_collisions=with_collisions)
+
+
+def test_a_forward_whose_branches_see_each_other_is_found_out(tiny: Path) -> None:
+    pairs = hard_pairs(MIN_PAIRS, vocab_size=320, beyond=0, seed=0)
+    model = get_peft_model(base_model(str(tiny), dtype=torch.float32, attention="eager"), lora_config(LORA)).eval()
+    move_adapter(model)
+    right, wrong = (
+        found_by(forwards(model), model, examples_for(pairs, "sigmoid")) for forwards in (SeparateForwards, LeakyForwards)
+    )
+    assert relative_l2(wrong.gradients, right.gradients) > 0.1
 
 
 def test_a_model_that_is_none_ends_parity_without_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

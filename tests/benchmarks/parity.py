@@ -69,6 +69,8 @@ NAMES: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS} | {
 }
 """What each NAME means; hyphens and capitals are as good as underscores and small letters."""
 MIN_PAIRS = 6
+MAX_LENGTH = 1_000_000
+"""Of a training whose pairs are never too long."""
 LONGEST_WINDOW = 256
 """Sequences past a longer one would take gigabytes of eager attention; where the product trains on such, its probe checks that at the start."""
 
@@ -154,12 +156,18 @@ def found_by(scorer: Any, model: Any, examples: Examples) -> Found:
     return Found(float(loss.detach()), dict(zip(parameters, gradients, strict=True)), logps_N)
 
 
+def examples_for(pairs: Sequence[IdPair], name: str) -> Examples:
+    """As the `train` stage makes them of a round's pairs."""
+    loss, nll_weight = named(name)
+    records = [make_pair(f"p{row}", prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for row, p in enumerate(pairs)]
+    config = TrainingConfig(loss=loss, nll_weight=nll_weight, max_length=MAX_LENGTH)
+    return examples_of(records, held_out=(), feedback=None, base=Path(), config=config)
+
+
 def compare(model: Path, name: str, *, num_pairs: int, seed: int) -> dict[str, Any]:
     loss, nll_weight = named(name)
     pairs = hard_pairs(num_pairs, vocab_size=vocabulary(model), beyond=window_of(model), seed=seed)
-    config = TrainingConfig(loss=loss, nll_weight=nll_weight, max_length=1_000_000)
-    records = [make_pair(f"p{row}", prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for row, p in enumerate(pairs)]
-    examples = examples_of(records, held_out=(), feedback=None, base=model, config=config)
+    examples = examples_for(pairs, name)
 
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     ours_model = add_adapter(load_base(str(model), accelerator=accelerator, frozen=True), LoraShape(rank=4, alpha=8), seed=0)
@@ -187,7 +195,7 @@ def compare(model: Path, name: str, *, num_pairs: int, seed: int) -> dict[str, A
     }
     if told["trl"] is None:
         with tempfile.TemporaryDirectory() as out:
-            trl_loss, trl_gradients = by_trl(Trl(str(model), lora, Path(out), seed), loss, pairs, max_length=config.max_length)
+            trl_loss, trl_gradients = by_trl(Trl(str(model), lora, Path(out), seed), loss, pairs)
         told |= {"trl_loss_diff": relative(ours.loss, trl_loss), "trl_grad_rel_diff": relative_l2(ours.gradients, trl_gradients)}
         told["trl"] = f"compared; its loss is {trl_loss:.6g}"
     if bad := [key for key, value in told.items() if isinstance(value, float) and not math.isfinite(value)]:
@@ -195,10 +203,10 @@ def compare(model: Path, name: str, *, num_pairs: int, seed: int) -> dict[str, A
     return told
 
 
-def by_trl(trl: Trl, loss: Loss, pairs: list[IdPair], *, max_length: int) -> tuple[float, dict[str, Tensor]]:
+def by_trl(trl: Trl, loss: Loss, pairs: list[IdPair]) -> tuple[float, dict[str, Tensor]]:
     if isinstance(loss, KtoLoss):
         examples = split_pairs(*sequences_of(pairs))
-        return trl.of_examples(loss, examples, mismatched(examples, max_length=max_length))
+        return trl.of_examples(loss, examples, mismatched(examples, max_length=MAX_LENGTH))
     if isinstance(loss, SimpoLoss | OrpoLoss):
         return trl.without_reference(loss, pairs)
     return trl.of_pairs(loss, pairs)

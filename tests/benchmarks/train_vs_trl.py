@@ -102,9 +102,13 @@ def measure(case: Case, model: Path, given: argparse.Namespace) -> dict[str, Any
 
 def take_turns(sides: dict[str, Side], repeats: int, *, online: bool) -> dict[str, list[dict[str, float]]]:
     passes: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for side in SIDES:
             passes[side].append(sides[side].ask(do="pass", online=online))
+        said = ", ".join(
+            f"{side} {passes[side][-1]['wall_s']:.1f} s {passes[side][-1]['peak_bytes'] / 1e6:,.0f} MB" for side in SIDES
+        )
+        print(f"turn {turn + 1}/{repeats}, reference {'on-line' if online else 'precomputed'}: {said}", file=sys.stderr, flush=True)
     return passes
 
 
