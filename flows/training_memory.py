@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_loop.config import KtoLoss
+from dpo_loop.errors import InputError
 from dpo_loop.layout import RunDir
 from dpo_loop.training.memory.plan import MemoryPlan, machine_bytes, plan_memory
+from dpo_loop.training.prerequisites import accelerate_problems, num_processes_of
 from flows.config import RunConfig
 from flows.paths import WORLD_PREFIX, is_hub_id
 
@@ -45,10 +48,13 @@ class Planned(NamedTuple):
 def plan_of(config: RunConfig, *, memory_gib: float | None) -> Planned:
     """memory_gib: of a card that is not here; None takes the GPU of this machine, or its memory where it has none.
 
-    Raises PolicyError for a model that is here and cannot be read.
+    Raises PolicyError for a model that is here and cannot be read, InputError for an accelerate config that cannot be used and for a size
+    that no card has.
     """
     training = config.training
-    place = _place(memory_gib, num_processes=training.num_processes)
+    if problems := accelerate_problems(training):
+        raise InputError("; ".join(problems))
+    place = _place(memory_gib, num_processes=num_processes_of(training))
     base = _model_here(config)
     if isinstance(base, str):
         return Planned(place, None, base)
@@ -95,6 +101,7 @@ def lines_of(planned: Planned) -> list[str]:
         lines.append(
             "That will probably not fit. Ways out: a smaller training.max_length or training.micro_batch_tokens, a lower "
             "training.lora.rank, a smaller model, "
+            + ("" if plan.gradient_checkpointing else "training.gradient_checkpointing: auto, ")
             + ("training.quantize_base: nf4, or a larger card." if planned.place.device == "cuda" else "or a GPU.")
         )
     return lines + [f"note: {note}." for note in plan.notes]
@@ -102,6 +109,8 @@ def lines_of(planned: Planned) -> list[str]:
 
 def _place(memory_gib: float | None, *, num_processes: int) -> Place:
     if memory_gib is not None:
+        if not (memory_gib > 0 and math.isfinite(memory_gib * 2**30)):
+            raise InputError(f"--memory-gib: {memory_gib:g} is no size of a card; give GiB above 0, such as 24 or 80")
         return Place("cuda", int(memory_gib * 2**30), f"a GPU of {memory_gib:g} GiB")
     if gpus := _gpus():
         name, size = min(gpus, key=lambda gpu: gpu[1])

@@ -15,6 +15,7 @@ import pytest
 
 from dpo_loop.artifacts import read_manifest
 from dpo_loop.layout import RunDir
+from dpo_loop.policies import adapter_sha256
 from flows.config import load_config
 from flows.steps import stages_of
 from tests.conftest import TINY_CONFIG
@@ -69,6 +70,14 @@ def test_a_finished_run_started_again_recomputes_nothing(whole_run: RunDir, tmp_
     assert times() == before
 
 
+def training_of(round_dir: Path) -> tuple[list[dict[str, Any]], str, dict[str, Any]]:
+    """What a training computed, step by step to the last bit, and under which circumstances."""
+    steps = [json.loads(line) for line in (round_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((round_dir / "train" / "manifest.json").read_text())
+    circumstances = {name: manifest["outcome"]["metrics"][name] for name in ("packed", "micro_batch_tokens", "num_threads")}
+    return [{**row, "tokens_per_s": None} for row in steps], adapter_sha256(round_dir / "train" / "adapter"), circumstances
+
+
 def kill_in(stage: str, round_number: int, run: RunDir, log: Path, env: dict[str, str]) -> bool:
     """Start the run and `kill -9` its process group while the stage is being written. True if it was caught at work."""
     out = run.round(round_number).stage(stage)
@@ -100,7 +109,8 @@ def test_kill_9_in_every_stage_leaves_the_same_pairs(whole_run: RunDir, prefect_
         assert manifest.read_bytes() == content, f"{manifest} was made again"
     rounds = [path.name for path in sorted((whole_run.path / "rounds").iterdir())]
     for name in rounds[1:]:
-        whole, killed = (each.path / "rounds" / name / "pair" / "pairs.jsonl" for each in (whole_run, run))
-        assert whole.read_bytes() == killed.read_bytes()
+        whole, killed = (each.path / "rounds" / name for each in (whole_run, run))
+        assert (whole / "pair" / "pairs.jsonl").read_bytes() == (killed / "pair" / "pairs.jsonl").read_bytes()
+        assert training_of(whole) == training_of(killed), "the same pairs made another adapter"
     keys = ("gate", "promoted", "num_pairs", "pass_rate", "win_rate_previous", "harmful_rate", "over_refusal_rate")
     assert [[row[key] for key in keys] for row in shown(run.path)] == [[row[key] for key in keys] for row in shown(whole_run.path)]

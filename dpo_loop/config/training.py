@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from dpo_loop.config.base import Fraction, Settings
 from dpo_loop.config.losses import Loss
 
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="what torch takes for one")]
+
 
 class LoraShape(Settings):
     rank: int = Field(16, ge=1)
@@ -68,9 +70,11 @@ class AlarmsConfig(Settings):
     kl: AlarmLimits = AlarmLimits(warn=0.1, stop=None)
     """Estimated KL to the reference on the pairs' completions, nats per token."""
     clipped_share: AlarmLimits = AlarmLimits(warn=0.5, stop=None)
-    """Share of the steps so far whose gradient was clipped."""
+    """Share of the steps so far whose gradient was clipped. Not judged for ipo, sppo_hard, sigmoid_norm, simpo and orpo: their gradients
+    have another scale, and clipping is usual in them."""
     window_steps: int = Field(5, ge=1)
-    """Figures are means over so many steps, so that one odd batch raises nothing."""
+    """Figures are means over so many steps, so that one odd batch raises nothing. A training of fewer, at least three, is judged at its end
+    over all of them."""
 
 
 class TrainingConfig(Settings):
@@ -117,7 +121,7 @@ class TrainingConfig(Settings):
     accelerate_config: str | None = None
     """A file of `accelerate config` for what num_processes cannot say: deploy/accelerate/fsdp2.yaml keeps a large base in shards."""
     checkpoint_every_steps: int = Field(50, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _feedback_is_of_kto(self) -> Self:
@@ -146,7 +150,7 @@ class SftConfig(Settings):
     lora: LoraShape | None = None
     """None trains all weights."""
     checkpoint_every_steps: int = Field(200, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ModelStart(Settings):

@@ -54,15 +54,15 @@ def trend_charts(history: Sequence[RoundSummary], sheet: StyleSheet) -> list[Cha
 
 
 def training_charts(
-    rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, nll_weight: float | None = None, loss_kind: str | None = None
+    rows: Sequence[Mapping[str, Any]], sheet: StyleSheet, *, nll_weight: float | None = None, loss: Mapping[str, Any] | None = None
 ) -> list[Chart]:
-    """nll_weight: of the NLL of chosen in `loss`; None where nobody knows it, and only the whole loss can be drawn. loss_kind: of the
+    """nll_weight: of the NLL of chosen in `loss`; None where nobody knows it, and only the whole loss can be drawn. loss: of the
     config; None is what was trained before there was a choice, sigmoid."""
     looked = any("held_out_loss" in row for row in rows)
     parted = [_parted(row, nll_weight, whole=looked) for row in rows]
-    return [
-        chart for chart in _training(parted, sheet, from_ln_2=loss_kind is None or loss_kind in _LN_2_LOSSES) if chart is not None
-    ]
+    # WPO weighs each pair by its likelihood, from the first step on.
+    from_ln_2 = loss is None or (loss["kind"] in _LN_2_LOSSES and not loss.get("wpo"))
+    return [chart for chart in _training(parted, sheet, from_ln_2=from_ln_2) if chart is not None]
 
 
 def _parted(row: Mapping[str, Any], nll_weight: float | None, *, whole: bool) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ RULE_NAMES = {"non_inferior": "no worse than", "ceiling": "stays below", "floor"
 class RoundData:
     """All that a page shows; None or empty is a stage that did not happen. run_dir None: rows that belong to no run, and so to no round. index: link
     to the page over all rounds, None where there is none. answers_files: where all answers are, as a person types it. commands: what makes the page again.
-    nll_weight: of the NLL in the training loss, loss_kind: its kind, None where they are not known. alarms: rows of train/alarms.jsonl."""
+    nll_weight: of the NLL in the training loss, loss: as configured, None where they are not known. alarms: rows of train/alarms.jsonl."""
 
     run_id: str
     run_dir: str | None
@@ -53,7 +53,7 @@ class RoundData:
     answers_files: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     nll_weight: float | None = None
-    loss_kind: str | None = None
+    loss: Mapping[str, Any] | None = None
     alarms: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -88,7 +88,7 @@ def render_report(data: RoundData) -> str:
         "lengths": length_rows(data.cases),
         "length_chart": length_chart(data.cases, sheet),
         "openings": openings(data.cases),
-        "training": training_charts(data.training, sheet, nll_weight=data.nll_weight, loss_kind=data.loss_kind),
+        "training": training_charts(data.training, sheet, nll_weight=data.nll_weight, loss=data.loss),
         "trained": next((dict(stage.outcome.metrics) for stage in data.stages if stage.name == "training"), {}),
         "slim": passing_chance(gate),
         "signs": signs_of(data.stages),

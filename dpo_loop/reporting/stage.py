@@ -65,7 +65,7 @@ def _report(
         training=_rows(train, METRICS),
         alarms=_rows(train, ALARMS),
         nll_weight=_nll_weight(made.get("training")),
-        loss_kind=_loss_kind(made.get("training")),
+        loss=_loss(made.get("training")),
         answers_files=tuple(_as_typed(path / GRADES) for path in (grades, more_grades) if path is not None),
         cases=cases,
         samples=samples,
@@ -113,9 +113,9 @@ def _nll_weight(training: StageManifest | None) -> float | None:
     return float(weight) if isinstance(weight, int | float) else None
 
 
-def _loss_kind(training: StageManifest | None) -> str | None:
+def _loss(training: StageManifest | None) -> dict[str, Any] | None:
     loss = _config(training).get("loss")
-    return str(loss["kind"]) if isinstance(loss, dict) and "kind" in loss else None
+    return loss if isinstance(loss, dict) and "kind" in loss else None
 
 
 def _rows(train: Path | None, name: str) -> list[dict[str, Any]]:

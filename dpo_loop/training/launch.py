@@ -4,6 +4,8 @@
 
 Whoever of them dies, the rest goes too: accelerate ends the workers when one fails; launcher and workers are told by the kernel when
 their parent dies (Linux), so that `kill -9` of the stage leaves nothing on a GPU.
+
+Why a worker ended is in its error file, which has its room on the disk before training starts: a full disk is a reason to end.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from dpo_loop.types import StageOutcome
 SPEC, OUTCOME = "job.json", "outcome.json"
 GRACE_S = 10.0
 _TAIL_LINES = 40
+_ROOM_BYTES = 64 << 10
+"""Of an error file: a long traceback."""
 _PR_SET_PDEATHSIG = 1
 _ENDED = re.compile(r"rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: -(\d+)")
 """A worker that ended by a signal, in the report that torch's launcher prints."""
@@ -39,15 +43,17 @@ _ENDED = re.compile(r"rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: -(\d+)")
 def launch(job: Job) -> StageOutcome:
     """`train_adapter` in job.config.num_processes processes, or as job.config.accelerate_config says.
 
-    Raises what a worker raised; InputError for an accelerate config that cannot be used; StageFailedError, with its last lines, if one ended without a word.
+    Raises what a worker raised, where that is an error of ours; InputError for an accelerate config that cannot be used; else
+    StageFailedError, with a worker's traceback, or with the last lines if all ended without a word.
     """
-    spec = job.keep / SPEC
+    if problems := accelerate_problems(job.config):
+        raise InputError("; ".join(problems))
+    spec, num = job.keep / SPEC, num_processes_of(job.config)
     for left in (job.keep / OUTCOME, *job.keep.glob(f"{SPEC}.error-*")):
         left.unlink(missing_ok=True)
     write_json(spec, job)
-    if problems := accelerate_problems(job.config):
-        raise InputError("; ".join(problems))
-    num = num_processes_of(job.config)
+    for index in range(num):
+        error_file(spec, index).write_bytes(bytes(_ROOM_BYTES))
     threads = max(1, torch.get_num_threads() // num)
     say(f"train: starting {num} processes with accelerate launch")
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -103,6 +109,18 @@ def error_file(spec: Path, index: int) -> Path:
     return spec.with_name(f"{spec.name}.error-{index}")
 
 
+def leave_word(spec: Path, index: int, error: DpoLoopError) -> None:
+    """Why process `index` ends, in the room that its error file has."""
+    with error_file(spec, index).open("r+b", buffering=0) as file:  # one write, which no signal tears
+        file.write(pickle.dumps(error))
+
+
+def _words(job: Job) -> list[DpoLoopError]:
+    """What the processes said of their ends, the first to end first."""
+    files = sorted(job.keep.glob(f"{SPEC}.error-*"), key=lambda path: path.stat().st_mtime_ns)
+    return [pickle.loads(content) for content in (path.read_bytes() for path in files) if content.strip(b"\0")]
+
+
 def _stop(launcher: subprocess.Popen[str]) -> None:
     if launcher.poll() is not None:
         return
@@ -115,16 +133,23 @@ def _stop(launcher: subprocess.Popen[str]) -> None:
 
 
 def _worker_error(job: Job, code: int, tail: list[str], *, num: int) -> DpoLoopError:
-    """What the first worker that failed with a word said, else what is known of the end."""
-    if files := sorted(job.keep.glob(f"{SPEC}.error-*"), key=lambda path: path.stat().st_mtime_ns):
-        error: DpoLoopError = pickle.loads(files[0].read_bytes())
-        return error
-    # The launcher ends the others by SIGTERM.
-    ends = [(index, int(number)) for index, number in _ENDED.findall("\n".join(tail)) if int(number) != signal.SIGTERM]
-    if ends:
-        index, number = ends[0]
-        what = f"process {index} of {num} was killed by signal {number} ({signal.Signals(number).name})"
+    """The cause of the end: an error of ours; else what the kernel killed; else another exception of the first worker that had one.
+
+    The others end because of it, with errors of their own: by SIGTERM of the launcher, with exceptions or SIGABRT of a broken connection.
+    """
+    words = _words(job)
+    if ours := [word for word in words if not isinstance(word, StageFailedError)]:
+        return ours[0]
+    ends = [(f"process {index} of {num}", int(number)) for index, number in _ENDED.findall("\n".join(tail))]
+    consequences = {signal.SIGTERM, signal.SIGABRT} if words else {signal.SIGTERM}
+    killed = [end for end in ends if end[1] not in consequences]
+    if code < 0:
+        killed = [(f"the launcher of {num} processes", -code)]
+    if killed:
+        who, number = killed[0]
+        what = f"{who} was killed by signal {number} ({signal.Signals(number).name}); the others were ended. "
         hint = "The kernel kills so where memory runs out. " if number == signal.SIGKILL else ""
-        tail = [f"{what}; the others were ended. {hint}The same command resumes from the last checkpoint.", *tail]
-        code = 128 + number
-    return StageFailedError("train", code if code >= 0 else 128 - code, "\n".join(tail))
+        return StageFailedError(
+            "train", 128 + number, "\n".join([f"{what}{hint}The same command resumes from the last checkpoint.", *tail])
+        )
+    return words[0] if words else StageFailedError("train", code, "\n".join(tail))

@@ -37,11 +37,13 @@ class LogprobStore:
         self._folder, self._name = folder, name
 
     def read(self) -> dict[bytes, Tensor]:
-        """fp32 [N] on the CPU of every entry. Raises CorruptArtifactError for a shard that cannot be read."""
+        """fp32 [N] on the CPU of every entry. Raises CorruptArtifactError for a shard that cannot be read or is not as it was written."""
         found: dict[bytes, Tensor] = {}
         for path in sorted(self._folder.glob(f"reference-{self._name}-*.safetensors")):
             try:
                 shard = load(path.read_bytes())
+                if shard.pop("digest").tolist() != _digest(shard):
+                    raise ValueError("its values are not those that were written")
                 values = torch.split(shard["logprobs"], shard["lengths"].tolist())
                 entries = [bytes(row) for row in shard["entries"].tolist()]
                 found |= dict(zip(entries, values, strict=True))
@@ -61,9 +63,18 @@ class LogprobStore:
             "lengths": torch.tensor([len(logps) for logps in values.values()]),
             "entries": torch.tensor([list(entry) for entry in values], dtype=torch.uint8),
         }
+        digest = torch.tensor(_digest(tensors), dtype=torch.uint8)
         with aside.open("wb") as file:
-            file.write(save(tensors))
+            file.write(save(tensors | {"digest": digest}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_directory(self._folder)
+
+
+def _digest(shard: Mapping[str, Tensor]) -> list[int]:
+    """Over all values: safetensors has no checksum, and a flipped bit is another log-prob that nothing else would find."""
+    hashed = hashlib.blake2b(digest_size=32)
+    for name in sorted(shard):
+        hashed.update(shard[name].numpy().tobytes())
+    return list(hashed.digest())

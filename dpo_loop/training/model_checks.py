@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from transformers import AutoConfig
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.weights import weight_files
+
+_NUMBER = "N"
+_BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale)$")
+"""What old checkpoints store beside their weights: frequencies, causal masks, positions."""
 
 
 def check_can_quantize(accelerator: Accelerator) -> None:
@@ -41,11 +47,40 @@ def check_quantized(model: Any, path: str) -> None:
         )
 
 
-def check_complete(loading: Mapping[str, Any], path: str) -> None:
-    """transformers fills weights that a checkpoint lacks with random numbers, and says so in a warning."""
+def check_complete(model: Any, loading: Mapping[str, Any], path: str) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers, leaves out those that config.json does not provide for, and
+    says so in a warning."""
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape than config.json says")):
         if names := sorted(map(str, loading[key])):
             raise PolicyError(f"{path} {what} {', '.join(names[:3])} ({len(names)} tensors); copy the whole model again")
+    if names := sorted(_left_out(model, loading["unexpected_keys"])):
+        raise PolicyError(
+            f"{path} holds {', '.join(names[:3])} ({len(names)} tensors), for which its config.json has no place: it says fewer layers, or other "
+            "ones, than the weights are of. Copy config.json and the weights again from one and the same model"
+        )
+
+
+def _left_out(model: Any, unexpected: Iterable[str]) -> Iterator[str]:
+    """Weights of a decoder's layer that the model does not have, or of a part that its own layers lack.
+
+    Towers beside the decoder and heads that predict several tokens ahead (DeepSeek's are layers after the last one) may be left out.
+    """
+    known = {_numbered(name) for name, _ in model.named_modules() if name}
+    config = model.config.get_text_config()
+    first = config.num_hidden_layers
+    ahead = {("layers", str(first + number)) for number in range(getattr(config, "num_nextn_predict_layers", None) or 0)}
+    for name in unexpected:
+        if _BUFFERS.search(name) or not ahead.isdisjoint(pairwise(name.split("."))):
+            continue
+        pieces = _numbered(name).split(".")
+        around = [".".join(pieces[:end]) for end in range(1, len(pieces)) if end == len(pieces) - 1 or pieces[end - 1] == _NUMBER]
+        if not known.isdisjoint([*around, *(f"{model.base_model_prefix}.{each}" for each in around)]):
+            yield name
+
+
+def _numbered(name: str) -> str:
+    """The name of the same part of any layer."""
+    return ".".join(_NUMBER if piece.isdigit() else piece for piece in name.split("."))
 
 
 def stored_tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
@@ -53,6 +88,25 @@ def stored_tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 yield name, weights.get_tensor(name)
+
+
+def check_rotary(config: Any, longest: int, where: str) -> None:
+    """Raises PolicyError for positions whose frequencies follow from the longest sequence of a forward, so that they differ from batch to batch.
+
+    longest: tokens of the longest sequence. Up to the length that the model was first trained with, there is nothing of the kind.
+    """
+    config = config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        kind = each.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = (each if kind == "longrope" else {}).get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > limit:
+            raise PolicyError(
+                f"{where} has {kind} positions: beyond {limit} tokens they depend on the longest sequence of a batch, and here are sequences of "
+                f"{longest}. Lower max_length to {limit}, or give a model with other positions"
+            )
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
@@ -73,13 +127,13 @@ def vocabulary_size(path: str) -> int:
     return size
 
 
-def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int) -> None:
-    """Raises InputError, naming the sequence by its number and the id, for a token that the model has no embedding for."""
+def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int, *, names: Sequence[str] | None = None) -> None:
+    """Raises InputError, naming the sequence and the id, for a token that the model has no embedding for. names: None names by number."""
     for number, sequence in enumerate(sequences):
         for part, ids in zip(sequence._fields, sequence, strict=True):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 wrong = next(token for token in ids if not 0 <= token < vocab_size)
                 raise InputError(
-                    f"sequence {number}: token id {wrong} in its {part} is not in the model's vocabulary of {vocab_size}; it was made with another "
+                    f"{f'sequence {number}' if names is None else names[number]}: token id {wrong} in its {part} is not in the model's vocabulary of {vocab_size}; it was made with another "
                     "tokenizer: use the model's own, or resize the model's embeddings and save it again"
                 )

@@ -25,17 +25,15 @@ from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
 from dpo_loop.files import write_json
 from dpo_loop.policies import ADAPTER_ORIGIN, base_name
+from dpo_loop.training.dropout import without_dropout
+from dpo_loop.training.lora_targets import check_layers, outside_language_model, target_names
 from dpo_loop.training.model_checks import check_can_quantize, check_complete, check_finite, check_quantized, stored_tensors
 from dpo_loop.training.sharding import shard_base, wants_shards
 from dpo_loop.types import PolicyRef
-from dpo_loop.weights import NOT_ADAPTABLE
 
 disable_progress_bar()  # a stage's log is lines, not bars
 
 Quantization = Literal["nf4"]
-_NAMES_OF_FUSED_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
-_MAMBAS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-"""Their kernels take the weights of `out_proj` and `dt_proj` past an adapter, which would learn nothing."""
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 
 
@@ -51,7 +49,8 @@ def load_base(path: str, *, accelerator: Accelerator, frozen: bool, quantize_bas
     quantize_base: the linear layers but the head in 4 bits (QLoRA, arXiv 2305.14314), only for a frozen base. Raises InputError where
     that cannot be computed, PolicyError for weights that are missing, of a wrong shape, or no numbers.
     """
-    config = AutoConfig.from_pretrained(path)  # one of its own: models that share a config switch one another's attention (T33)
+    # One of its own: models that share a config switch one another's attention (T33).
+    config = without_dropout(AutoConfig.from_pretrained(path))
     half = frozen and accelerator.mixed_precision == "bf16"
     arguments: dict[str, Any] = {
         "config": config,
@@ -64,7 +63,7 @@ def load_base(path: str, *, accelerator: Accelerator, frozen: bool, quantize_bas
         check_can_quantize(accelerator)
         arguments |= {"quantization_config": _nf4(), "device_map": {"": accelerator.device}}
     model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
-    check_complete(loading, path)
+    check_complete(model, loading, path)
     if quantize_base is None:
         if not wants_shards(accelerator):  # else no device may have to hold all of it, and shard_base brings it there
             model = model.to(accelerator.device)
@@ -98,14 +97,15 @@ def load_policy(policy: PolicyRef, *, accelerator: Accelerator, quantize_base: Q
 def add_adapter(base: Any, shape: LoraShape, *, seed: int) -> Any:
     """A fresh LoRA adapter: B is zero, so the model says what the base says.
 
-    rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353. Raises InputError for targets that the model does not have or that cannot be adapted.
+    rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353. Raises InputError for targets that the model does not have or that cannot be adapted, and
+    for a rank that does not fit them.
     """
-    targets = _linear_layers(base) if shape.target == "all-linear" else _named_targets(base, shape.target)
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
-        target_modules=targets,
+        target_modules=target_names(base, shape.target),
+        exclude_modules=outside_language_model(base),
         task_type="CAUSAL_LM",
         use_rslora=shape.variant == "rslora",
         use_dora=shape.variant == "dora",
@@ -116,40 +116,9 @@ def add_adapter(base: Any, shape: LoraShape, *, seed: int) -> Any:
         model = get_peft_model(base, config).eval()
     except ValueError as error:
         raise InputError(f"lora.target {shape.target!r} does not fit {base.config.name_or_path}: {error}") from error
-    return _checked(model, f"lora.target {shape.target!r}")
-
-
-def _linear_layers(base: Any) -> list[str]:
-    """Last parts of the names of all linear layers but the head, less those that PEFT would take for something else.
-
-    Experts fused into one parameter and their routers are no linear layers: PEFT adapts them by wrappers that no engine serves by module. It
-    takes a dense layer named as an expert's once was for the experts, too, so of a mixture of experts it is the attention that is adapted.
-    """
-    head = base.get_output_embeddings()
-    found = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    }
-    if any(name.endswith(".experts.down_proj") for name, _ in base.named_parameters()):
-        found -= _NAMES_OF_FUSED_EXPERTS
-    if base.config.model_type in _MAMBAS:
-        found -= {"out_proj", "dt_proj"}
-    return sorted(found)
-
-
-def _named_targets(base: Any, target: str) -> list[str]:
-    names = [name.strip() for name in target.split(",")]
-    if forbidden := sorted({name for name in names if name.rsplit(".", 1)[-1] in NOT_ADAPTABLE}):
-        raise InputError(f"lora.target names {', '.join(forbidden)}; the head and the embeddings cannot be adapted: leave them out")
-    modules = [name for name, _ in base.named_modules()]
-    missing = [name for name in names if not any(module == name or module.endswith(f".{name}") for module in modules)]
-    if missing:
-        raise InputError(
-            f"lora.target names {', '.join(missing)}, which {base.config.name_or_path} does not have; its linear layers are "
-            f"{', '.join(_linear_layers(base))}"
-        )
-    return names
+    model = _checked(model, f"lora.target {shape.target!r}")
+    check_layers(model, shape)
+    return model
 
 
 def continue_adapter(base: Any, adapter: Path, *, dropout: float) -> Any:
@@ -209,7 +178,10 @@ def _of_adapter(name: str) -> bool:
 
 
 def set_training_mode(model: Any, *, gradient_checkpointing: bool) -> None:
-    """Dropout lives in LoRA layers only, and only if configured; everything else stays in eval mode, so policy = reference at step 0."""
+    """Dropout lives in LoRA layers only, and only if configured; everything else stays in eval mode, so policy = reference at step 0.
+
+    Layers under gradient checkpointing are in training mode, where many models drop by functions: `load_base` sets those shares to zero.
+    """
     model.eval()
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "lora_dropout":

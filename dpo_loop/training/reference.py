@@ -29,8 +29,8 @@ from dpo_loop.training.models import Quantization, load_policy
 from dpo_loop.training.sharding import wants_shards
 from dpo_loop.types import PolicyRef, content_id
 
-PRODUCER_VERSION = 2
-"""Bumped when a Scorer changes what it computes."""
+PRODUCER_VERSION = 3
+"""Bumped when a Scorer changes what it computes, or a shard what it holds."""
 NUM_CHECKED = 8
 SAY_EVERY_S = 2.0
 _WINDOW = 512
@@ -55,8 +55,8 @@ def reference_logprobs(
     """Per-token log-probs of every completion under `policy`: one fp32 tensor on the CPU per sequence, nats.
 
     keep: a folder that all processes of the training share; each computes its part, and all get the whole. max_tokens: of one forward.
-    Raises TrainingDivergedError if kept values do not agree with a few that are computed again, InputError if half of max_tokens does not
-    fit into memory either.
+    Raises TrainingDivergedError for a log-prob that is not finite, or if kept values do not agree with a few that are computed again;
+    InputError if half of max_tokens does not fit into memory either.
     """
     model = load_policy(policy, accelerator=accelerator, quantize_base=quantize_base)
     longest = max(len(sequence.prompt) + len(sequence.completion) for sequence in sequences)
@@ -140,7 +140,9 @@ class _Pass:
         again: dict[bytes, Tensor] = {}
         for scored in self._batches({entry: distinct[entry] for entry in entries}):
             again |= scored
-        worst = max(float((kept[entry] - again[entry]).abs().mean()) for entry in entries)
+        for entry, logps in kept.items():
+            _check_finite(distinct[entry], logps)
+        worst = float(torch.stack([(kept[entry] - again[entry]).abs().mean() for entry in entries]).max())  # NaN stays NaN
         if not worst <= tolerance(self.accelerator):
             raise TrainingDivergedError(
                 f"the reference log-probs kept in {folder} differ by {worst:.2g} nats per token from what the reference says now. Remove "
@@ -154,7 +156,10 @@ class _Pass:
     def _forward(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, ...]:
         with torch.no_grad(), self.accelerator.autocast():
             logps_N = self.scorer(sequences).logps_N.float().cpu()
-        return torch.split(logps_N, [len(sequence.completion) for sequence in sequences])
+        scored = torch.split(logps_N, [len(sequence.completion) for sequence in sequences])
+        for sequence, logps in zip(sequences, scored, strict=True):
+            _check_finite(sequence, logps)
+        return scored
 
     def _halve(self, error: Exception) -> None:
         if self.halved or wants_shards(self.accelerator):
@@ -171,3 +176,13 @@ class _Pass:
         if self.num_done == self.num_all or time.monotonic() - self.said >= SAY_EVERY_S:
             self.said = time.monotonic()
             self.say(f"reference {self.num_done}/{self.num_all} completions")
+
+
+def _check_finite(sequence: TokenSequence, logps_N: Tensor) -> None:
+    if not logps_N.isfinite().all():
+        place = int((~logps_N.isfinite()).nonzero()[0])
+        raise TrainingDivergedError(
+            f"the reference gives token {place + 1} (id {sequence.completion[place]}) of a completion of {len(sequence.completion)} tokens, after a "
+            f"prompt of {len(sequence.prompt)}, the log-prob {float(logps_N[place])}; no loss can be taken of that. Either the model overflows, "
+            "then try training.dtype: float32; or it rules the token out, then leave out the pairs that have it."
+        )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_loop.config import TrainingConfig
@@ -18,7 +18,8 @@ from dpo_loop.training.canary import pick_sequences, write_canary
 from dpo_loop.training.forward.logprobs import Scorer
 from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.forward.sequences import TokenSequence
-from dpo_loop.training.loop.accumulation import does_not_fit, out_of_memory
+from dpo_loop.training.loop.accumulation import shortage_explained
+from dpo_loop.training.loop.alarms import limits_for
 from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.loop.fit import Fitted, Plan, fit
 from dpo_loop.training.loop.trackers import tracking
@@ -73,10 +74,13 @@ def train_adapter(job: Job) -> StageOutcome:
         config,
         device=accelerator.device.type,
         limit_bytes=memory_limit_bytes(accelerator.device, num_processes=processes.num),
-        longest_tokens=max(len(row) * max(sequence.num_forwarded for sequence in row) for row in examples.rows),
+        longest_tokens=examples.widest_tokens,
     )
     _introduce(job, examples, memory, accelerator)
-    with tracking(accelerator, config, out=job.out), shortage_explained(config, memory):
+    with (
+        tracking(accelerator, config, out=job.out),
+        shortage_explained(f"training ({config.loss.kind})", expected=_expected(memory)),
+    ):
         reference = _reference(job, examples.referred, accelerator, max_tokens=REFERENCE_BATCHES * memory.micro_batch_tokens)
         model = _start(policy, config, accelerator, gradient_checkpointing=memory.gradient_checkpointing)
         if processes.sharded:
@@ -86,7 +90,7 @@ def train_adapter(job: Job) -> StageOutcome:
             model,
             device=accelerator.device,
             forward=config.forward,
-            longest=max(sequence.num_forwarded for row in examples.rows for sequence in row),
+            longest=examples.longest_tokens,
             autocast=accelerator.autocast,
         )
         say(f"train: forward: {scorer.reason}")
@@ -107,6 +111,7 @@ def train_adapter(job: Job) -> StageOutcome:
         "packed": scorer.packed,
         "forward_reason": scorer.reason,
         "gradient_checkpointing": memory.gradient_checkpointing,
+        "num_threads": torch.get_num_threads(),
         "planned_memory_bytes": memory.total_bytes,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
@@ -138,17 +143,6 @@ def _expected(memory: MemoryPlan) -> str:
     limit = "" if memory.limit_bytes is None else f" of {memory.limit_bytes / 2**30:.1f}"
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     return f"{memory.total_bytes / 2**30:.2f}{limit} GiB ({listed})"
-
-
-@contextmanager
-def shortage_explained(config: TrainingConfig, memory: MemoryPlan) -> Iterator[None]:
-    """Of memory that runs out where a smaller micro-batch does not help: when a model is loaded, or the optimizer's state is made."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if shortage := out_of_memory(error):
-            raise does_not_fit(f"training ({config.loss.kind})", shortage, expected=_expected(memory)) from error
-        raise
 
 
 def _reference(job: Job, sequences: Sequence[TokenSequence], accelerator: Any, *, max_tokens: int) -> list[Tensor]:
@@ -195,9 +189,10 @@ def _plan(job: Job, examples: Examples, scorer: Scorer, memory: MemoryPlan) -> P
         checkpoint_every_steps=config.checkpoint_every_steps,
         optimizer=config.optimizer,
         seed=config.seed,
+        estimates=examples.spread_of_estimates(scorer),
         held_out=examples.held_out,
         held_out_config=config.held_out,
-        alarms=config.alarms,
+        alarms=limits_for(config.loss, config.alarms),
         expected_memory=_expected(memory),
         provenance={
             "stage_key": job.stage_key,
@@ -244,15 +239,14 @@ def _write(
 
 def _summary(fitted: Fitted, config: TrainingConfig, model: Any) -> dict[str, Any]:
     rows, shape = fitted.rows, model.peft_config["default"]
-    looks = [row for row in rows if "held_out_loss" in row]
+    kept = rows[: fitted.weights_of_step]  # up to the step whose weights are published; after a stop with patience not the last one
     names = ("loss", "accuracy", "margin", "chosen_logprob_change", "rejected_logprob_change", "kl", "falling")
     held_out = ("held_out_loss", "held_out_accuracy", "held_out_margin")
     return {
         "steps": len(rows),
-        "pairs_seen": sum(row.get("pairs", row.get("examples", 0)) for row in rows),
+        **{f"{unit}_seen": sum(row[unit] for row in rows) for unit in ("pairs", "examples") if unit in rows[0]},
         "first_loss": rows[0]["loss"],
-        **{f"last_{name}": rows[-1].get(name) for name in names},
-        **{f"last_{name}": looks[-1].get(name) if looks else None for name in held_out},
+        **{f"last_{name}": _last(kept, name) for name in (*names, *held_out)},
         "stopped_early_at": fitted.stopped_early_at,
         "weights_of_step": fitted.weights_of_step,
         "alarms": len(fitted.alarms),
@@ -262,3 +256,8 @@ def _summary(fitted: Fitted, config: TrainingConfig, model: Any) -> dict[str, An
         "lora_rank": shape.r,
         "lora_alpha": shape.lora_alpha,
     }
+
+
+def _last(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """A step of KTO whose examples all have the same thumb has no figures of the other: then they are of the last step that had some."""
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)

@@ -19,11 +19,12 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.policies import describe_policy, write_policy
 from dpo_loop.progress import say
 from dpo_loop.training.canary import everyday_sequences, pick_sequences, write_canary
+from dpo_loop.training.dropout import put_dropout_back
 from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.loop.accumulation import shortage_explained
 from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.loop.fit import Plan, fit
-from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.training.models import (
     add_adapter,
     build_accelerator,
@@ -34,6 +35,7 @@ from dpo_loop.training.models import (
     trainable_parameters,
 )
 from dpo_loop.training.objectives.sft import SftExample, SftObjective, read_demonstrations, tokenize
+from dpo_loop.training.positions import longest_length
 from dpo_loop.types import PolicyRef, StageOutcome
 
 _SNAPSHOT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -77,11 +79,12 @@ def _take(out: Path, base: Path, *, revision: str | None, adapter: Path | None) 
     return StageOutcome(metrics={"kind": "model", "parameters": sum(p.numel() for p in loaded.parameters())})
 
 
+@shortage_explained("supervised fine-tuning", expected="")
 def _fine_tune(out: Path, base: Path, *, revision: str | None, start: SftStart, demonstrations: Path) -> StageOutcome:
     policy, config = describe_policy(base, revision=revision), start.sft
     found = read_demonstrations(demonstrations)
-    examples, tally = tokenize(found, policy.base, max_length=config.max_length, train_on=config.train_on)
-    check_token_ids([example.sequence for example in examples], vocabulary_size(policy.base))
+    max_length = longest_length(config.max_length, policy.base, stage="seed")
+    examples, tally = tokenize(found, policy.base, max_length=max_length, train_on=config.train_on, where=demonstrations)
     say(f"seed: {len(examples)} demonstrations, {sum(sum(example.scored) for example in examples)} completion tokens")
     accelerator = build_accelerator(config.dtype)
     loaded = load_base(policy.base, accelerator=accelerator, frozen=config.lora is not None)
@@ -159,9 +162,11 @@ def _publish(out: Path, policy: PolicyRef, loaded: Any, sequences: Any, accelera
 
 
 def _save_model(model: Any, out: Path, *, like: Path) -> None:
-    """All weights in the dtype in which the start model was published; tokenizer files are copied byte by byte."""
+    """All weights in the dtype in which the start model was published, its dropout too; tokenizer files are copied byte by byte."""
+    published = AutoConfig.from_pretrained(like)
+    put_dropout_back(model.config, published=published)
     try:
-        model.to(AutoConfig.from_pretrained(like).dtype or torch.float32).save_pretrained(out)
+        model.to(published.dtype or torch.float32).save_pretrained(out)
     except SafetensorError as error:
         raise StorageError(f"cannot write the model to {out}: {error}. Free space, then run the same command again.") from error
     for pattern in _TOKENIZER_FILES:

@@ -14,6 +14,7 @@ from dpo_loop.training.launch import launch
 from dpo_loop.training.loop.held_out import held_out_rows
 from dpo_loop.training.model_checks import vocabulary_size
 from dpo_loop.training.objectives.selection import check_vocabulary, select, tally_of
+from dpo_loop.training.positions import longest_length
 from dpo_loop.training.run import Job, train_adapter
 from dpo_loop.types import PolicyRef, StageOutcome
 
@@ -30,13 +31,15 @@ def train(
     that stops, InputError for token ids of another vocabulary and where half a micro-batch does not fit into memory.
     """
     found = list(read_pairs(pairs))
-    kept, dropped = select(found, max_length=config.max_length)
-    held_out = held_out_rows([pair.prompt_id for pair in kept], config.held_out, seed=config.seed)
+    max_length = longest_length(config.max_length, policy.base, stage="train")
+    kept, dropped = select(found, max_length=max_length)
+    held_out = held_out_rows(kept, config.held_out, seed=config.seed)
     write_jsonl(out / DROPPED, dropped)
     tally = tally_of(len(held_out), len(kept), dropped)
     if not kept:
         raise NoPairsError(
-            f"no pair of {pairs} can be trained on: {tally.parts}; training.max_length is {config.max_length} tokens"
+            f"no pair of {pairs} can be trained on: {tally.parts}; training.max_length is {config.max_length} tokens, and the model takes "
+            f"{max_length} of them"
         )
     reference = policy if config.reference == "round_start" else run_start
     for each in {policy.key: policy, reference.key: reference}.values():
@@ -53,7 +56,7 @@ def train(
         feedback=feedback,
         policy=policy,
         reference=reference,
-        config=config,
+        config=config.model_copy(update={"max_length": max_length}),
     )
     alone = config.num_processes == 1 and config.accelerate_config is None
     outcome = train_adapter(job) if alone else launch(job)

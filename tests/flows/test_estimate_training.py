@@ -13,6 +13,8 @@ from flows.cli import main
 from tests.flows.runs import publish, raw_config, write_config
 from tests.training.shapes import LLAMA_8B, write_shape
 
+FSDP2 = Path(__file__).parents[2] / "deploy" / "accelerate" / "fsdp2.yaml"
+
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
@@ -37,6 +39,48 @@ def test_a_card_that_is_not_here_is_asked_about(tmp_path: Path, llama: Path) -> 
     assert (told["device"], told["limit_bytes"], told["fits"]) == ("cuda", 24 * 2**30, True)
     assert "limit: a GPU of 24 GiB" in done.output
     assert f"micro-batches of {told['micro_batch_tokens']:,} tokens, with gradient checkpointing, on the GPU" in done.output
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1", "1e308"])
+def test_a_size_that_no_card_has_is_refused(size: str, tmp_path: Path, llama: Path) -> None:
+    raw = raw_config(tmp_path / "run", start={"kind": "model", "model": str(llama)})
+    done = CliRunner().invoke(main, ["estimate", str(write_config(tmp_path / "c.yaml", raw)), "--memory-gib", size])
+    assert done.exit_code == 2
+    assert "--memory-gib" in done.output
+
+
+def test_an_accelerate_config_says_how_many_processes_share_the_machine_and_whether_the_base_is_in_shards(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _, one = estimated(tmp_path, str(llama))
+    path = tmp_path / "accelerate.yaml"
+    path.write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+    whole, told = estimated(tmp_path, str(llama), accelerate_config=str(path))
+    assert told["limit_bytes"] == one["limit_bytes"] // 4
+    assert "shared by 4 processes" in whole.output
+    assert "shards" not in whole.output
+    shards, told = estimated(tmp_path, str(llama), accelerate_config=str(FSDP2))
+    assert told["limit_bytes"] == one["limit_bytes"] // 8
+    assert "fsdp2.yaml shards is counted as if every process held all of it" in shards.output
+
+
+def test_an_accelerate_config_that_cannot_be_used_is_named(tmp_path: Path, llama: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text("distributed_type: MULTI_GPU\nnum_processes: auto\n")
+    training = {"loss": {"kind": "sigmoid"}, "accelerate_config": str(path)}
+    raw = raw_config(tmp_path / "run", start={"kind": "model", "model": str(llama)}, training=training)
+    done = CliRunner().invoke(main, ["estimate", str(write_config(tmp_path / "c.yaml", raw))])
+    assert done.exit_code == 2
+    assert "accelerate.yaml: num_processes is auto" in done.output
+
+
+def test_without_checkpointing_it_is_a_way_out(tmp_path: Path, llama: Path) -> None:
+    done, told = estimated(tmp_path, str(llama), "--memory-gib", "18", gradient_checkpointing=False)
+    assert told["fits"] is False
+    assert "training.gradient_checkpointing: auto" in done.output
+    done, _ = estimated(tmp_path, str(llama), "--memory-gib", "12")
+    assert "gradient_checkpointing: auto" not in done.output
 
 
 def test_what_does_not_fit_has_ways_out(tmp_path: Path, llama: Path) -> None:

@@ -93,7 +93,11 @@ def facts(**changes: Any) -> CardFacts:
         "judge": "openai gpt-x",
         "safety_judge": "rubric claude-x",
         "lineage": tuple(summary(number) for number in range(3)),
-        "trained": (TrainedRound(1, 500, {"steps": 8, "first_loss": 0.6931, "last_loss": 0.61, "last_accuracy": 0.75}),),
+        "trained": (
+            TrainedRound(
+                1, 500, {"steps": 8, "weights_of_step": 6, "first_loss": 0.6931, "last_loss": 0.61, "last_accuracy": 0.75}
+            ),
+        ),
         "gate": gate(),
         "report_sha256": "e" * 64,
     }
@@ -127,7 +131,7 @@ def test_the_body_says_lineage_training_verdict_checks_judges_sets_and_limits() 
         "| 2 | 512 | PASS | promoted | 60.0 % | 2.0 % | 10.0 % | 61.0 % |",
         "sigmoid loss, beta 0.1;",
         "learning rate 5e-06",
-        "| 1 | 500 | 8 | 0.6931 | 0.61 | 75.0 % | – | – |",
+        "| 1 | 500 | 8 | 0.6931 | 6 | 0.61 | 75.0 % | – | – |",
         "**PASS**, decided at 2026-01-02",
         "| harm-previous | harmful compliance no worse than previous by more than 5.0 points | 210 | 2.4 % | 1.9 % | +0.5 | −1.1 to +2.3 | PASS |",
         "each of its ends is a one-sided 95 % confidence limit",

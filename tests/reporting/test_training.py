@@ -27,7 +27,8 @@ ALARMS = (
     {"name": "kl", "level": "stop", "step": 40, "value": math.nan, "limit": 0.2, "message": "step 40: the KL is no number"},
 )
 TRAINED = {
-    "loss": "sigmoid_norm",
+    "loss_kind": "sigmoid_norm",
+    "steps": 50,
     "packed": False,
     "forward_reason": "padded: log-probs when packed differ by 0.4 nats",
     "held_out": 32,
@@ -66,10 +67,10 @@ def test_alarms_stand_above_the_curves_with_level_and_message() -> None:
 def test_a_line_says_loss_rows_held_out_pairs_and_early_stop() -> None:
     text = Page(page(stages=(figures("training", **TRAINED),))).text
     assert (
-        "sigmoid norm loss; forward padded: log-probs when packed differ by 0.4 nats; 32 pairs held out, loss 0.5123 at the last look; "
-        "stopped early after step 50, with the weights of step 40. No alarm."
+        "sigmoid norm loss; forward padded: log-probs when packed differ by 0.4 nats; 32 pairs held out, loss 0.5123 at step 40; "
+        "stopped early after step 50; weights of step 40 of 50. No alarm."
     ) in text
-    packed = Page(page(stages=(figures("training", loss="kto", packed=True, forward_reason="", held_out=0),))).text
+    packed = Page(page(stages=(figures("training", loss_kind="kto", packed=True, forward_reason="", held_out=0),))).text
     assert "kto loss; forward packed. No alarm." in packed
 
 
@@ -94,8 +95,9 @@ def test_every_look_of_a_long_training_is_drawn() -> None:
 
 
 def test_only_a_loss_that_starts_at_ln_2_is_said_to() -> None:
-    assert "starts at ln 2" in Page(page(nll_weight=0.0, loss_kind="sigmoid")).text
-    assert "starts at ln 2" not in Page(page(nll_weight=0.0, loss_kind="ipo")).text
+    assert "starts at ln 2" in Page(page(nll_weight=0.0, loss={"kind": "sigmoid", "wpo": False})).text
+    assert "starts at ln 2" not in Page(page(nll_weight=0.0, loss={"kind": "ipo"})).text
+    assert "starts at ln 2" not in Page(page(nll_weight=0.0, loss={"kind": "sigmoid", "wpo": True})).text
 
 
 def test_a_round_of_an_earlier_version_has_curves_and_no_word_of_alarms() -> None:
@@ -124,7 +126,7 @@ def test_a_card_has_held_out_figures_where_a_round_has_them() -> None:
     assert header.endswith("| pairs held out | their loss | their accuracy |")
     assert first.endswith("| – | – | – |")
     assert second.endswith("| 25 | 0.64 | 61.0 % |")
-    assert {line.count("|") for line in (header, rule, first, second)} == {12}
+    assert {line.count("|") for line in (header, rule, first, second)} == {13}
     assert "held out" not in render_card(facts(trained=(old,)))
 
 

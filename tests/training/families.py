@@ -8,7 +8,7 @@ import torch
 import transformers
 
 VOCAB = 320
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -18,22 +18,31 @@ _SHAPE = {
     "eos_token_id": 0,
     "bos_token_id": 0,
 }
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": 1,
+}
+"""For models of which only the layers matter."""
 _GROUPED = {"num_key_value_heads": 2}
 _HEADS_OF_16 = _GROUPED | {"head_dim": 16}
 
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", _SHAPE | _GROUPED),
-    "qwen3": ("Qwen3", _SHAPE | _HEADS_OF_16),
+    "llama": ("Llama", SHAPE | _GROUPED),
+    "qwen3": ("Qwen3", SHAPE | _HEADS_OF_16),
     "gemma2": (
         "Gemma2",
-        _SHAPE | _HEADS_OF_16 | {"sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
+        SHAPE | _HEADS_OF_16 | {"sliding_window": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0},
     ),
-    "gpt_neox": ("GPTNeoX", _SHAPE),
-    "mixtral": ("Mixtral", _SHAPE | _GROUPED | {"num_local_experts": 4}),
-    "mistral with a sliding window": ("Mistral", _SHAPE | _GROUPED | {"sliding_window": 8}),
-    "gpt_oss, attention sinks": ("GptOss", _SHAPE | _HEADS_OF_16 | {"num_local_experts": 4, "sliding_window": 8}),
-    "granite, logits divided": ("Granite", _SHAPE | _GROUPED | {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
-    "cohere, logits multiplied": ("Cohere", _SHAPE | _GROUPED | {"logit_scale": 0.25}),
+    "gpt_neox": ("GPTNeoX", SHAPE),
+    "mixtral": ("Mixtral", SHAPE | _GROUPED | {"num_local_experts": 4}),
+    "mistral with a sliding window": ("Mistral", SHAPE | _GROUPED | {"sliding_window": 8}),
+    "gpt_oss, attention sinks": ("GptOss", SHAPE | _HEADS_OF_16 | {"num_local_experts": 4, "sliding_window": 8}),
+    "granite, logits divided": ("Granite", SHAPE | _GROUPED | {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
+    "cohere, logits multiplied": ("Cohere", SHAPE | _GROUPED | {"logit_scale": 0.25}),
     "opt, learned positions": (
         "OPT",
         {"vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64},
@@ -45,7 +54,7 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom, attention of its own": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "qwen3_next, linear attention": (
         "Qwen3Next",
-        _SHAPE | _HEADS_OF_16
+        SHAPE | _HEADS_OF_16
         | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "linear_num_value_heads": 4}
         | {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
     ),
@@ -59,6 +68,14 @@ def build(name: str) -> Any:
     if name == "gemma2":
         config._attn_implementation = "eager"  # what load_base takes where there is an attention soft-cap
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval().requires_grad_(False)
+    return heavy(model)
+
+
+def made(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def heavy(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 
 from dpo_loop.artifacts import scratch, stage_key
 from dpo_loop.config import HeldOutConfig, OptimizerConfig
-from dpo_loop.errors import InputError, StageFailedError, TrainingDivergedError
-from dpo_loop.exchange import METRICS
+from dpo_loop.errors import InputError, StageFailedError, StorageError, TrainingDivergedError
+from dpo_loop.exchange import METRICS, PAIRS
+from dpo_loop.training.launch import SPEC, error_file, launch, leave_word
 from dpo_loop.training.loop.fit import CHECKPOINTS
 from dpo_loop.training.prerequisites import accelerate_problems
 from dpo_loop.training.processes import Processes
+from dpo_loop.training.run import Job
 from dpo_loop.training.stage import TRAIN
 from dpo_loop.types import PolicyRef, StageManifest
 from tests.training.world import make_pairs, stage_dir, train, training_config, write_pairs
@@ -87,6 +90,14 @@ def test_a_base_in_shards_is_trained_as_a_whole_one(tmp_path: Path, adapted: Pol
         ("loading: false", "loading: true", "fsdp_cpu_ram_efficient_loading must be false"),
         ("num_machines: 1", "num_machines: 2", "num_machines must be 1"),
         ("type: FSDP", "type: DEEPSPEED", "distributed_type is DEEPSPEED"),
+        ("type: FSDP", "type: 'NO'", "distributed_type NO starts one process, but num_processes is 8; take MULTI_GPU"),
+        ("type: FSDP", "type: NO", r"distributed_type is False; it can be 'NO' \(in quotes"),
+        ("num_processes: 8", "num_processes: auto", "num_processes is auto; it must be a whole number from 1 up"),
+        ("num_processes: 8", "num_processes: 0", "num_processes is 0; it must be"),
+        ("num_processes: 8", "num_processes: -1", "num_processes is -1; it must be"),
+        ("machine_rank: 0", "machine_rnk: 0", "unknown keys machine_rnk; the accelerate that is installed would not start"),
+        ("LOCAL_MACHINE", "AMAZON_SAGEMAKER", "compute_environment must be LOCAL_MACHINE"),
+        ("fsdp_config:", "fsdp_config: yes\ndebug:", "fsdp_config is True; it must hold keys"),
     ],
 )
 def test_what_cannot_be_launched_is_refused_with_its_key(
@@ -104,6 +115,15 @@ def test_the_shipped_accelerate_config_can_be_launched_but_not_over_4_bits() -> 
     assert accelerate_problems(sharded) == []
     (problem,) = accelerate_problems(sharded.model_copy(update={"quantize_base": "nf4"}))
     assert "leave out training.quantize_base" in problem
+
+
+def test_a_config_of_one_process_is_refused_for_two(tmp_path: Path) -> None:
+    """accelerate would start one, and say nothing."""
+    path = tmp_path / "one.yaml"
+    path.write_text("distributed_type: 'NO'\nnum_processes: 1\n")
+    assert accelerate_problems(training_config(accelerate_config=str(path))) == []
+    (problem,) = accelerate_problems(training_config(num_processes=2, accelerate_config=str(path)))
+    assert "num_processes is 2; take MULTI_GPU" in problem
 
 
 def test_a_process_that_is_killed_is_named_and_fewer_go_on_from_its_checkpoint(
@@ -137,6 +157,56 @@ def test_an_error_of_the_processes_is_raised_as_it_was_there(
     assert [row["step"] for row in metrics(scratch(stage_dir(tmp_path)))] == [1]
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("train: reference ") for line in lines) == 1  # only the main one has lines to say
+
+
+def job_of(folder: Path, base: PolicyRef, *, held_out: tuple[int, ...] = ()) -> Job:
+    """As the stage makes it, for two processes."""
+    out, keep = folder / "out", folder / "keep"
+    out.mkdir(parents=True)
+    write_pairs(keep, make_pairs(8))
+    config = training_config(num_processes=2)
+    fixed = {"stage_key": "k", "feedback": None, "policy": base, "reference": base, "config": config}
+    return Job(out=out, keep=keep, pairs=keep / PAIRS, held_out=held_out, **fixed)
+
+
+def test_a_full_disk_of_a_process_is_the_error_that_it_is_of_the_stage(tmp_path: Path, base: PolicyRef) -> None:
+    job = job_of(tmp_path, base)
+    (job.out / METRICS).symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"cannot write .*No space left on device\. Free space"):
+        launch(job)
+
+
+def test_any_other_exception_of_a_process_comes_back_with_its_traceback(tmp_path: Path, base: PolicyRef) -> None:
+    job = job_of(tmp_path, base, held_out=(99,))  # no such pair
+    with pytest.raises(StageFailedError, match=r"in process [01]:\nTraceback [\s\S]*IndexError: list index out of range") as caught:
+        launch(job)
+    assert (caught.value.returncode, caught.value.retryable) == (1, False)
+
+
+def test_the_last_word_of_a_process_needs_no_room_on_the_disk(tmp_path: Path) -> None:
+    spec = tmp_path / SPEC
+    error_file(spec, 0).write_bytes(bytes(1 << 16))
+    leave_word(spec, 0, StorageError("the disk is full"))
+    content = error_file(spec, 0).read_bytes()
+    assert len(content) == 1 << 16
+    assert str(pickle.loads(content)) == "the disk is full"
+
+
+def test_a_launcher_that_is_killed_is_named(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
+    config = training_config(epochs=200, num_processes=2)
+    out = stage_dir(tmp_path)
+    stopper = threading.Thread(target=_kill, args=(out, lambda pids: os.kill(parent_of(pids["0"]), signal.SIGKILL)))
+    stopper.start()
+    said = r"the launcher of 2 processes was killed by signal 9 \(SIGKILL\); the others were ended\. The kernel kills so where memory runs out"
+    with pytest.raises(StageFailedError, match=said) as caught:
+        train(tmp_path, pairs=pairs, policy=base, config=config)
+    stopper.join()
+    assert (caught.value.returncode, caught.value.retryable) == (137, True)
+    assert workers_of(out) == {}
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.objectives.kto import Feedback, read_feedback, tokenize_feedback
+from dpo_loop.training.objectives.feedback import Feedback, read_feedback, tokenize_feedback
+from dpo_loop.training.objectives.kto import Example
 from dpo_loop.types import Message, PolicyRef
+
+FILE = Path("f.jsonl")
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -56,21 +59,35 @@ def test_a_file_without_feedback_is_refused(tmp_path: Path) -> None:
         read_feedback(write(tmp_path / "f.jsonl"))
 
 
-def test_feedback_becomes_examples_and_what_is_too_long_is_counted(base: PolicyRef) -> None:
+def test_blank_lines_at_the_end_are_no_feedback_and_those_between_are_named(tmp_path: Path) -> None:
+    line = json.dumps({"messages": turns("hi", "hello"), "thumbs_up": True})
+    path = tmp_path / "f.jsonl"
+    path.write_text(f"{line}\n{line}\n\n  \n")
+    assert len(read_feedback(path)) == 2
+    path.write_text(f"{line}\n\n{line}\n")
+    with pytest.raises(InputError, match=r"f\.jsonl:2 is not feedback"):
+        read_feedback(path)
+    path.write_text("\n\n")
+    with pytest.raises(InputError, match="holds no feedback"):
+        read_feedback(path)
+
+
+def test_feedback_becomes_examples_in_its_order_and_what_is_too_long_is_said(base: PolicyRef) -> None:
     feedback = [
         Feedback(messages=chat(*each), thumbs_up=up)
         for *each, up in (("hi", "no", False), ("hi", "yes", True), ("hi", "y" * 200, True))
     ]
-    examples, tally = tokenize_feedback(feedback, base.base, max_length=40)
-    assert [example.desirable for example in examples] == [True, False]
-    assert examples[0].sequence.prompt == examples[1].sequence.prompt
-    assert (tally.of, tally.total, tally.parts) == ("feedback", 3, {"trained": 2, "too_long": 1})
+    no, yes, long = tokenize_feedback(feedback, base.base, max_length=40, where=FILE)
+    assert isinstance(no, Example)
+    assert isinstance(yes, Example)
+    assert (no.desirable, yes.desirable, long) == (False, True, "too_long")
+    assert no.sequence.prompt == yes.sequence.prompt
 
 
 def test_a_thumb_of_which_nothing_can_be_trained_on_is_named(base: PolicyRef) -> None:
     feedback = [Feedback(messages=chat("hi", "yes"), thumbs_up=True), Feedback(messages=chat("hi", "n" * 200), thumbs_up=False)]
-    with pytest.raises(InputError, match=r"of the feedback's thumbs down: none of 1 .*too_long"):
-        tokenize_feedback(feedback, base.base, max_length=40)
+    with pytest.raises(InputError, match=r"f\.jsonl: none of its 1 thumbs down can be trained on: .*too_long"):
+        tokenize_feedback(feedback, base.base, max_length=40, where=FILE)
 
 
 def chat(*contents: str) -> tuple[Message, ...]:

@@ -107,6 +107,12 @@ def test_a_larger_adapter_dropout_and_dora_cost_memory(llama: Path, lora: LoraSh
     assert on_card(llama, 400, lora=lora, **fixed).total_bytes > on_card(llama, 400, **fixed).total_bytes
 
 
+def test_the_heads_chunk_is_no_larger_than_the_tokens_there_are(llama: Path) -> None:
+    few = plan_memory(llama, config(micro_batch_tokens=8), device="cuda", limit_bytes=None, longest_tokens=8)
+    # In and out and the gradient's direction, bf16; three chunks of logits, fp32.
+    assert few.head_bytes == 3 * 8 * 4_096 * 2 + 3 * 8 * 128_256 * 4
+
+
 def test_an_adapter_of_a_few_modules_is_smaller(llama: Path) -> None:
     few = on_card(llama, 24, lora=LoraShape(target="q_proj, v_proj"))
     assert few.adapter_bytes == 16 * 32 * 16 * (8192 + 5120)

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MambaConfig,
-    MixtralConfig,
-    Qwen2MoeConfig,
-)
+from transformers import AutoConfig, LlamaConfig, OPTConfig, PreTrainedConfig, Starcoder2Config, XGLMConfig
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
+from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.training.models import (
@@ -36,8 +26,10 @@ from dpo_loop.training.models import (
     set_training_mode,
     trainable_parameters,
 )
+from dpo_loop.training.seed import _save_model
 from dpo_loop.types import PolicyRef
 from tests.builders import build_adapter, build_model
+from tests.training.families import TINY, made
 
 ACCELERATOR = build_accelerator("float32")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -46,10 +38,6 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 def fresh(base: PolicyRef, *, seed: int = 0, **shape: object) -> torch.nn.Module:
     loaded = load_base(base.base, accelerator=ACCELERATOR, frozen=True)
     return add_adapter(loaded, LoraShape.model_validate({"rank": 2} | shape), seed=seed)
-
-
-def made(config: object) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -81,6 +69,38 @@ def test_dropout_is_live_in_lora_layers_only(base: PolicyRef) -> None:
     live = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training]
     assert live
     assert all("lora_dropout" in name for name in live)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2),
+        Starcoder2Config(**TINY, num_key_value_heads=2, residual_dropout=0.3, embedding_dropout=0.2),
+        XGLMConfig(vocab_size=40, d_model=32, ffn_dim=64, num_layers=1, attention_heads=2, dropout=0.3, layerdrop=0.5),
+    ],
+    ids=["opt", "starcoder2", "xglm"],
+)
+def test_gradient_checkpointing_wakes_no_dropout(tmp_path: Path, config: PreTrainedConfig) -> None:
+    """T26: a checkpointed layer is in training mode, and these drop by a function of their own. At step 0 policy = reference."""
+    made(config).save_pretrained(tmp_path)
+    bare = load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True)
+    expected = logits(bare)
+    model = add_adapter(bare, LoraShape(rank=2), seed=0)
+    set_training_mode(model, gradient_checkpointing=True)
+    assert torch.equal(logits(model), expected)
+    scorer = build_scorer(model, device=ACCELERATOR.device, forward="auto")
+    sequences = [TokenSequence((5, 6, 7), (8, 9))]
+    assert torch.equal(scorer(sequences).logps_N, scorer(sequences).logps_N)
+
+
+def test_a_model_is_saved_with_the_dropout_that_it_was_published_with(tmp_path: Path) -> None:
+    made(OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3)).save_pretrained(tmp_path / "start")
+    model = load_base(str(tmp_path / "start"), accelerator=ACCELERATOR, frozen=False)
+    assert model.config.dropout == 0
+    _save_model(model, tmp_path / "model", like=tmp_path / "start")
+    published, saved = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("start", "model"))
+    assert published["dropout"] == 0.3
+    assert saved == published
 
 
 def test_a_fresh_adapter_is_a_function_of_its_seed(base: PolicyRef) -> None:
@@ -148,61 +168,6 @@ def test_an_adapter_that_is_saved_and_continued_is_the_same_to_the_bit(
     assert trainable_parameters(again, adapter_only=True).keys() == parameters.keys()
 
 
-# -------------------------------------------------------------------------------------------------------- targets
-
-
-@pytest.mark.parametrize(
-    ("config", "wanted"),
-    [
-        (GPTNeoXConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
-         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-        (GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2), {"c_attn", "c_proj", "c_fc"}),
-        (LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True),
-         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        (MixtralConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2),
-         {"q_proj", "k_proj", "v_proj", "o_proj"}),
-        (Qwen2MoeConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2),
-         {"q_proj", "k_proj", "v_proj", "o_proj"}),
-        (BloomConfig(vocab_size=40, hidden_size=32, n_layer=1, n_head=2), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-        (MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1), {"in_proj", "x_proj"}),
-    ],
-    ids=["neox", "gpt2", "tied-llama", "mixtral", "qwen2-moe", "bloom", "mamba"],
-)  # fmt: skip
-def test_all_linear_is_every_linear_layer_but_head_and_embeddings(tmp_path: Path, config: object, wanted: set[str]) -> None:
-    made(config).save_pretrained(tmp_path)
-    model = add_adapter(load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True), LoraShape(rank=2), seed=0)
-    names = trainable_parameters(model, adapter_only=True)
-    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == wanted
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [
-        ("q_proj, lm_head", "names lm_head; the head and the embeddings cannot be adapted"),
-        ("q_proj,c_attn", "names c_attn, which .* does not have; its linear layers are down_proj, gate_proj"),
-        ("model.layers.7.mlp.up_proj", "names model.layers.7.mlp.up_proj, which"),
-        ("mlp", "does not fit"),
-    ],
-)
-def test_a_target_that_does_not_exist_or_cannot_be_adapted_is_named(base: PolicyRef, target: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        fresh(base, target=target)
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [("q_proj, gate", "adapts .*mlp.gate, a fused parameter"), ("experts", "does not fit"), ("w1", "its linear layers are k_proj")],
-)
-def test_experts_and_their_router_are_refused_by_name(target: str, said: str) -> None:
-    config = MixtralConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, about its own conversion of such a config
-        with pytest.raises(InputError, match=said):
-            add_adapter(made(config), LoraShape(rank=2, target=target), seed=0)
-
-
 # ----------------------------------------------------------------------------------------------------------- bases
 
 
@@ -239,6 +204,47 @@ def test_a_base_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Path
     store(folder, weights)
     with pytest.raises(PolicyError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 tensors\)"):
         load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+def rewrite(folder: Path, **config: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def test_a_config_that_says_fewer_layers_than_there_are_is_refused(tmp_path: Path, base: PolicyRef) -> None:
+    """transformers loads the first layers only, with a warning."""
+    folder, _ = copy_of(base, tmp_path / "model")
+    rewrite(folder, num_hidden_layers=1)
+    with pytest.raises(PolicyError, match=r"holds model\.layers\.1\..* \(9 tensors\), for which its config\.json has no place"):
+        load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_norm.weight", "model.layers.1.mlp.up_proj.bias", "model.norm.bias", "layers.1.self_attn.sinks", "lm_head.bias"],
+)  # fmt: skip
+def test_weights_that_the_config_has_no_place_for_are_refused(tmp_path: Path, base: PolicyRef, name: str) -> None:
+    folder, weights = copy_of(base, tmp_path / "model")
+    store(folder, weights | {name: torch.zeros(4)})
+    with pytest.raises(PolicyError, match=rf"holds .*{name.removeprefix('model.')} \(1 tensors\), for which"):
+        load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.masked_bias",
+        "model.vision_tower.layers.0.mlp.up_proj.weight",
+        "mtp.layers.0.mlp.up_proj.weight",
+        "model.layers.2.eh_proj.weight",  # a head that predicts the token after the next, by num_nextn_predict_layers
+    ],
+)
+def test_what_lies_beside_the_decoder_may_be_left_out(tmp_path: Path, base: PolicyRef, name: str) -> None:
+    folder, weights = copy_of(base, tmp_path / "model")
+    store(folder, weights | {name: torch.zeros(4)})
+    rewrite(folder, num_nextn_predict_layers=1)
+    load_base(str(folder), accelerator=ACCELERATOR, frozen=True)
 
 
 def test_a_tied_head_is_not_a_missing_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dpo_loop.errors import CorruptArtifactError, InputError, TrainingDivergedEr
 from dpo_loop.training.forward.logprobs import completion_logprobs
 from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.logprob_store import LogprobStore, entry_of
 from dpo_loop.training.models import build_accelerator, load_policy
 from dpo_loop.training.objectives.preferences import sequences_of
 from dpo_loop.training.reference import reference_logprobs
@@ -118,10 +119,49 @@ def test_kept_values_that_are_not_the_references_are_found(tmp_path: Path, base:
     kept.write_bytes(other.read_bytes())
     with pytest.raises(TrainingDivergedError, match=r"differ by .* Remove reference-\*\.safetensors"):
         compute(base, sequences, tmp_path)
-    shard = load_file(kept)
-    save_file(shard | {"logprobs": shard["logprobs"] * float("nan")}, kept)
-    with pytest.raises(TrainingDivergedError, match="differ by nan"):
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_log_prob_that_is_no_number_is_never_used(value: float, tmp_path: Path, base: PolicyRef) -> None:
+    """One of twelve completions, and not the first: `max` of Python passes over NaN that it does not meet first."""
+    sequences = some_sequences()
+    compute(base, sequences, tmp_path)
+    (kept,) = shards(tmp_path)
+    store = LogprobStore(tmp_path, kept.name.split("-")[1])
+    values = store.read()
+    entry = entry_of(sequences[3])
+    values[entry] = values[entry].clone()
+    values[entry][-1] = value
+    store.write(values)
+    length = len(sequences[3].completion)
+    with pytest.raises(
+        TrainingDivergedError, match=rf"token {length} \(id \d+\) of a completion of {length} tokens.* the log-prob {value}"
+    ):
         compute(base, sequences, tmp_path)
+
+
+def test_a_reference_that_computes_no_numbers_is_named(base: PolicyRef) -> None:
+    """Weights that are finite and overflow on the way, though not where the probe looked."""
+    model = load_policy(base, accelerator=ACCELERATOR)
+    scorer = build_scorer(model, device=ACCELERATOR.device, forward="padded")
+    for name, parameter in model.named_parameters():
+        parameter.data *= 1e30 if "mlp" in name else 1
+    (sequence, *_) = some_sequences()
+    reference = reference_module._Pass(scorer, ACCELERATOR, 100, num_all=1, num_done=0)
+    with pytest.raises(TrainingDivergedError, match=r"token 1 \(id \d+\) .* the log-prob nan; .*the model overflows"):
+        reference.score({entry_of(sequence): sequence})
+
+
+@pytest.mark.parametrize("name", ["logprobs", "lengths", "entries"])
+def test_a_value_that_changed_on_the_disk_is_found(name: str, tmp_path: Path, base: PolicyRef) -> None:
+    """All of them are still numbers, and the few that are computed again may be others."""
+    compute(base, some_sequences(), tmp_path)
+    (kept,) = shards(tmp_path)
+    shard = load_file(kept)
+    shard[name].view(-1)[-1] += 1
+    save_file(shard, kept)
+    with pytest.raises(CorruptArtifactError, match=f"{kept.name} is damaged .*not those that were written.*Remove it"):
+        compute(base, some_sequences(), tmp_path)
 
 
 def test_a_damaged_shard_is_named_with_the_way_out(tmp_path: Path, base: PolicyRef) -> None:

@@ -15,20 +15,18 @@ import pytest
 import torch
 
 from dpo_loop.artifacts import scratch
-from dpo_loop.config import AlarmLimits, AlarmsConfig, HeldOutConfig, LoraShape, OptimizerConfig, TrainingConfig
+from dpo_loop.config import AlarmLimits, AlarmsConfig, HeldOutConfig, KtoLoss, LoraShape, OptimizerConfig, TrainingConfig
 from dpo_loop.errors import CorruptArtifactError, InputError
 from dpo_loop.exchange import ALARMS, METRICS
 from dpo_loop.training.forward.probe import build_scorer
-from dpo_loop.training.loop.accumulation import Objective, without_dropout
+from dpo_loop.training.loop.accumulation import Objective, shortage_explained, without_dropout
 from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.loop.checkpoints import KEPT, MANIFEST, STATE, read_newest_checkpoint, write_checkpoint
 from dpo_loop.training.loop.fit import CHECKPOINTS, Fitted, Plan, fit
 from dpo_loop.training.loop.held_out import held_out_rows
-from dpo_loop.training.memory.plan import plan_memory
 from dpo_loop.training.models import add_adapter, build_accelerator, load_base, set_training_mode, trainable_parameters
 from dpo_loop.training.objectives.examples import examples_of
 from dpo_loop.training.reference import reference_logprobs
-from dpo_loop.training.run import shortage_explained
 from dpo_loop.types import PolicyRef
 from tests.training.world import make_pairs, stage_dir, train, training_config
 
@@ -45,6 +43,9 @@ STOPS_EARLY = training_config(
     held_out=HeldOutConfig(share=0.2, min_pairs=2, every_steps=3, patience=2),
     alarms=AlarmsConfig(kl=AlarmLimits(warn=1e-3, stop=None), margin=AlarmLimits(warn=None, stop=None), window_steps=2),
 )
+
+
+KTO = PLAIN.model_copy(update={"loss": KtoLoss(kind="kto"), "held_out": HeldOutConfig(share=0.2, min_pairs=2, every_steps=3)})
 
 
 class Interrupted(Exception):
@@ -86,31 +87,38 @@ class Breaks:
 
 
 def attempt(
-    base: PolicyRef, keep: Path, config: TrainingConfig, *, break_at: int | None = None, most_rows: int | None = None
+    base: PolicyRef,
+    keep: Path,
+    config: TrainingConfig,
+    *,
+    break_at: int | None = None,
+    most_rows: int | None = None,
+    kind: type[Breaks] = Breaks,
 ) -> tuple[dict[str, torch.Tensor], Fitted, Breaks]:
     """One run of the loop: (adapter weights, what it returned, the objective)."""
     accelerator = build_accelerator("float32")
     pairs = make_pairs(NUM_PAIRS, seed=6)
     keep.mkdir(exist_ok=True)
-    held_out = held_out_rows([pair.prompt_id for pair in pairs], config.held_out, seed=config.seed)
+    held_out = held_out_rows(pairs, config.held_out, seed=config.seed)
     examples = examples_of(pairs, held_out=held_out, feedback=None, base=Path(base.base), config=config)
     reference = reference_logprobs(base, examples.referred, accelerator=accelerator, keep=keep, max_tokens=400)
     model = add_adapter(load_base(base.base, accelerator=accelerator, frozen=True), config.lora, seed=0)
     set_training_mode(model, gradient_checkpointing=False)
     scorer = build_scorer(model, device=accelerator.device, forward=config.forward)
-    objective = Breaks(examples.build(scorer, reference, None), break_at, most_rows=most_rows)
+    objective = kind(examples.build(scorer, reference, None), break_at, most_rows=most_rows)
     plan = Plan(
         stage="train",
         label="sigmoid",
         num_tokens=examples.num_tokens,
         cut=cut_for(scorer, lambda row: examples.rows[row]),
         epochs=config.epochs,
-        per_step=config.pairs_per_step,
+        per_step=examples.per_pair * config.pairs_per_step,
         micro_batch_tokens=config.micro_batch_tokens,
         checkpoint_every_steps=config.checkpoint_every_steps,
         optimizer=config.optimizer,
         seed=config.seed,
-        held_out=held_out,
+        estimates=examples.spread_of_estimates(scorer),
+        held_out=examples.held_out,
         held_out_config=config.held_out,
         alarms=config.alarms,
         expected_memory="12 GiB",
@@ -124,7 +132,7 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
 
 
-@pytest.mark.parametrize("config", [PLAIN, STOPS_EARLY], ids=["plain", "stops early"])
+@pytest.mark.parametrize("config", [PLAIN, STOPS_EARLY, KTO], ids=["plain", "stops early", "kto"])
 def test_interrupted_at_random_micro_batches_and_resumed_ends_with_the_same_bits(
     config: TrainingConfig, tmp_path: Path, base: PolicyRef
 ) -> None:
@@ -165,7 +173,7 @@ def test_early_stop_ends_with_the_weights_of_the_best_look(tmp_path: Path, base:
 
 def test_held_out_pairs_are_never_trained_on_and_looks_draw_no_dropout(tmp_path: Path, base: PolicyRef) -> None:
     _, fitted, objective = attempt(base, tmp_path, STOPS_EARLY)
-    held_out = held_out_rows([pair.prompt_id for pair in make_pairs(NUM_PAIRS, seed=6)], STOPS_EARLY.held_out, seed=0)
+    held_out = held_out_rows(make_pairs(NUM_PAIRS, seed=6), STOPS_EARLY.held_out, seed=0)
     assert (len(held_out), fitted.rows[0]["pairs"]) == (4, 4)
     seen = {row for rows in objective.trained for row in rows}
     assert seen == set(range(NUM_PAIRS)) - set(held_out)
@@ -206,16 +214,16 @@ def test_memory_that_runs_out_twice_is_an_error_with_what_was_expected(tmp_path:
         attempt(base, tmp_path, PLAIN, most_rows=0)
 
 
-def test_memory_that_runs_out_elsewhere_is_explained_with_the_plan(base: PolicyRef) -> None:
-    memory = plan_memory(Path(base.base), PLAIN, device="cpu", limit_bytes=8 << 30)
+def test_memory_that_runs_out_elsewhere_is_explained_with_the_plan() -> None:
+    explained = shortage_explained("training (sigmoid)", expected="0.5 of 8.0 GiB (weights 0.00)")
     with (
         pytest.raises(
-            InputError, match=r"can't allocate memory.*Expected were 0\.\d+ of 8\.0 GiB \(weights 0\.00, .*quantize_base"
+            InputError, match=r"\(sigmoid\) does not fit.*can't allocate memory.*Expected were 0\.5 of 8\.0 GiB.*quantize_base"
         ),
-        shortage_explained(PLAIN, memory),
+        explained,
     ):
         torch.empty(1 << 50, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shape"), shortage_explained(PLAIN, memory):
+    with pytest.raises(RuntimeError, match="shape"), shortage_explained("training", expected=""):
         torch.zeros(2).view(3)
 
 

@@ -124,9 +124,18 @@ def test_demonstrations_with_tokens_that_the_model_does_not_know_are_refused(
     tokenizer.add_tokens([f"<|new{number}|>" for number in range(60)])
     tokenizer.save_pretrained(model)
     path = tmp_path / "new.jsonl"
-    path.write_text(json.dumps(demonstration("count", "<|new59|>")) + "\n")
-    with pytest.raises(InputError, match=r"sequence 0: token id \d+ in its completion is not in the model's vocabulary of 320"):
+    path.write_text("".join(json.dumps(demonstration("count", answer)) + "\n" for answer in ("x" * 300, "<|new59|>")))
+    with pytest.raises(InputError, match=r"new\.jsonl:2: token id \d+ in its completion is not in the model's vocabulary of 320"):
         seed(tmp_path, sft_start(), model, demonstrations=path)
+
+
+def test_memory_that_runs_out_while_a_model_is_loaded_is_explained(
+    tmp_path: Path, base: PolicyRef, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own error, asked for a petabyte."""
+    monkeypatch.setattr("dpo_loop.training.seed.load_base", lambda *_, **__: torch.empty(1 << 50, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"supervised fine-tuning does not fit into memory .*allocate memory.* a smaller base"):
+        seed(tmp_path, sft_start(), Path(base.base), demonstrations=demonstrations)
 
 
 def test_a_model_is_taken_as_it_is_with_a_canary_of_everyday_text(tmp_path: Path, base: PolicyRef) -> None:

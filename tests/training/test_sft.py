@@ -18,6 +18,7 @@ from dpo_loop.training.objectives.sft import Demonstration, SftExample, SftObjec
 from dpo_loop.types import PolicyRef
 from tests.builders import CHAT_TEMPLATE, build_model
 
+FILE = Path("demonstrations.jsonl")
 MARKED = (
     "{% for m in messages %}<|{{ m['role'] }}|>"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
@@ -61,7 +62,7 @@ def shown(example: SftExample, model: str) -> tuple[str, str]:
 def learn(
     model: str, *rows: Demonstration, train_on: Literal["last_turn", "all_turns"] = "all_turns", max_length: int = 200
 ) -> list[tuple[str, str]]:
-    examples, _ = tokenize(rows, model, max_length=max_length, train_on=train_on)
+    examples, _ = tokenize(rows, model, max_length=max_length, train_on=train_on, where=FILE)
     return [shown(example, model) for example in examples]
 
 
@@ -96,7 +97,7 @@ def test_what_a_template_writes_after_the_end_of_the_turn_is_left_out(tmp_path: 
 def test_a_template_that_rewrites_earlier_turns_is_counted_out_of_all_turns_only(tmp_path: Path) -> None:
     model = with_template(tmp_path / "model", FORGETS)
     rows = [talk("count", "five", "say", "case"), talk("count", "five")]
-    _, tally = tokenize(rows, model, max_length=200, train_on="all_turns")
+    _, tally = tokenize(rows, model, max_length=200, train_on="all_turns", where=FILE)
     assert tally.parts == {"template_mismatch": 1, "trained": 1}
     assert [completion for _, completion in learn(model, *rows, train_on="last_turn")] == ["[case<|end|>]", "[five<|end|>]"]
 
@@ -151,7 +152,13 @@ def test_a_line_that_is_no_demonstration_is_named(tmp_path: Path, line: str, rea
         read_demonstrations(path)
 
 
+def test_blank_lines_at_the_end_are_no_demonstrations(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps(talk("a", "b").model_dump()) + "\n\n \n")
+    assert len(read_demonstrations(path)) == 1
+
+
 @pytest.mark.parametrize("train_on", ["last_turn", "all_turns"])
 def test_demonstrations_of_which_none_fits_are_an_error(base: PolicyRef, train_on: Any) -> None:
     with pytest.raises(InputError, match=r"'too_long': 1"):
-        tokenize([talk("count", "five")], base.base, max_length=2, train_on=train_on)
+        tokenize([talk("count", "five")], base.base, max_length=2, train_on=train_on, where=FILE)

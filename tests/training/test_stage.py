@@ -17,7 +17,7 @@ from dpo_loop.files import write_jsonl
 from dpo_loop.policies import ADAPTER_ORIGIN, adapter_problems, describe_policy, read_policy
 from dpo_loop.training.loop.fit import CHECKPOINTS
 from dpo_loop.training.loop.held_out import held_out_rows
-from dpo_loop.types import PolicyRef
+from dpo_loop.types import PolicyRef, PreferencePair
 from flows.progress import is_progress
 from tests.builders import build_adapter, build_model
 from tests.training.world import END, make_pair, make_pairs, stage_dir, train, training_config, write_pairs
@@ -175,20 +175,61 @@ def test_held_out_pairs_are_looked_at_and_not_trained_on(tmp_path: Path, base: P
     assert manifest.outcome.metrics["last_held_out_margin"] == metrics[-1]["held_out_margin"]
 
 
+def pairs_of(ids: list[str]) -> list[PreferencePair]:
+    """Each id is a prompt of its own."""
+    tokens = {prompt_id: (5, number) for number, prompt_id in enumerate(sorted(set(ids)))}
+    return [make_pair(prompt_id, prompt=tokens[prompt_id], chosen=(row, END), rejected=(7,)) for row, prompt_id in enumerate(ids)]
+
+
 def test_pairs_of_one_prompt_are_held_out_together_and_more_pairs_move_none_back() -> None:
     config = HeldOutConfig(share=0.25, min_pairs=2)
     ids = [f"p{index % 10}" for index in range(40)]
-    held = held_out_rows(ids, config, seed=0)
+    held = held_out_rows(pairs_of(ids), config, seed=0)
     prompts = {ids[row] for row in held}
     assert len(held) == 8  # two prompts of four pairs; a third would be more than 10 pairs
     assert {row for row, prompt in enumerate(ids) if prompt in prompts} == set(held)
-    assert {[*reversed(ids)][row] for row in held_out_rows([*reversed(ids)], config, seed=0)} == prompts
+    assert {[*reversed(ids)][row] for row in held_out_rows(pairs_of([*reversed(ids)]), config, seed=0)} == prompts
     more = [*ids, *(f"q{index}" for index in range(20))]
-    assert {more[row] for row in held_out_rows(more, config, seed=0)} & set(ids) <= prompts | set(ids)
-    assert held_out_rows(ids, config, seed=1) != held
-    assert held_out_rows(ids, HeldOutConfig(share=0.25, min_pairs=9), seed=0) == []
-    assert held_out_rows(ids, HeldOutConfig(share=0.0), seed=0) == []
-    assert len(held_out_rows(ids, HeldOutConfig(share=1.0, min_pairs=1), seed=0)) == 20
+    assert {more[row] for row in held_out_rows(pairs_of(more), config, seed=0)} & set(ids) <= prompts | set(ids)
+    assert held_out_rows(pairs_of(ids), config, seed=1) != held
+    assert held_out_rows(pairs_of(ids), HeldOutConfig(share=0.25, min_pairs=9), seed=0) == []
+    assert held_out_rows(pairs_of(ids), HeldOutConfig(share=0.0), seed=0) == []
+    assert len(held_out_rows(pairs_of(ids), HeldOutConfig(share=1.0, min_pairs=1), seed=0)) == 20
+
+
+def test_the_same_prompt_under_two_ids_is_held_out_under_both() -> None:
+    """Merged sets know one prompt under several ids: one of them was trained on while the other was held out."""
+    plain = pairs_of([f"p{index}" for index in range(40)])
+    again = [pair.model_copy(update={"prompt_id": f"again-{pair.prompt_id}"}) for pair in plain]
+    rewritten = [pair.model_copy(update={"prompt_token_ids": (9, *pair.prompt_token_ids)}) for pair in again]
+    pairs = [*plain, *again, *rewritten]
+    for seed in range(5):
+        held = held_out_rows(pairs, HeldOutConfig(share=0.2, min_pairs=2), seed=seed)
+        assert len(held) == 24
+        assert held == sorted(row + block for row in held if row < 40 for block in (0, 40, 80))
+
+
+def test_pairs_that_contradict_one_another_or_come_again_are_not_trained_on(tmp_path: Path, base: PolicyRef) -> None:
+    one = make_pair("one", prompt=(5,), chosen=(6, END), rejected=(7, END))
+    pairs = [
+        one,
+        one.model_copy(update={"prompt_id": "same tokens", "chosen_id": "other"}),
+        make_pair("says a", prompt=(8,), chosen=(6, END), rejected=(7, END)),
+        make_pair("says b", prompt=(8,), chosen=(7, END), rejected=(6, END)),
+        make_pair("says a", prompt=(8,), chosen=(6, END), rejected=(7, END)),
+        make_pair("best", prompt=(9,), chosen=(6, END), rejected=(7, END)),
+        make_pair("best", prompt=(9,), chosen=(6, END), rejected=(8, END)),
+        make_pair("best", prompt=(9,), chosen=(7, END), rejected=(8, END)),
+    ]
+    manifest = train(tmp_path, pairs=write_pairs(tmp_path / "pair", pairs), policy=base, config=training_config())
+    assert manifest.outcome.tallies[0].parts == {"trained": 4, "duplicate": 1, "contradictory": 3}
+    reasons = [(row["prompt_id"], row["reason"]) for row in rows(stage_dir(tmp_path) / DROPPED)]
+    assert reasons == [
+        ("same tokens", "duplicate"),
+        ("says a", "contradictory"),
+        ("says b", "contradictory"),
+        ("says a", "contradictory"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["simpo", "orpo"])
@@ -202,8 +243,8 @@ def test_a_loss_without_a_reference_computes_none(
 
 def test_kto_learns_from_pairs_and_from_feedback_beside_them(tmp_path: Path, base: PolicyRef, pairs: Path) -> None:
     feedback = tmp_path / "feedback.jsonl"
-    turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two"}]
-    write_jsonl(feedback, [{"messages": turns, "thumbs_up": index % 2 == 0} for index in range(6)])
+    turns = [[{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two"[:end]}] for end in range(1, 7)]
+    write_jsonl(feedback, [{"messages": each, "thumbs_up": index % 2 == 0} for index, each in enumerate(turns)])
     config = training_config(loss={"kind": "kto"}, feedback=str(feedback), held_out=HeldOutConfig(share=0.1, min_pairs=2))
     manifest = train(tmp_path, pairs=pairs, policy=base, config=config, feedback=feedback)
     assert [(tally.of, tally.parts) for tally in manifest.outcome.tallies] == [
@@ -211,9 +252,28 @@ def test_kto_learns_from_pairs_and_from_feedback_beside_them(tmp_path: Path, bas
         ("feedback", {"trained": 6}),
     ]
     metrics = rows(stage_dir(tmp_path) / METRICS)
-    assert sum(row["examples"] for row in metrics) == 2 * 40 + 6
+    assert sum(row["examples"] for row in metrics) == manifest.outcome.metrics["examples_seen"] == 2 * 40 + 6
+    assert "pairs_seen" not in manifest.outcome.metrics
     assert metrics[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert "held_out_loss" in metrics[-1]
+
+
+def test_figures_that_the_last_step_has_none_of_are_of_the_last_one_that_has(tmp_path: Path, base: PolicyRef) -> None:
+    """Seven examples, six a step: the last step has a single one, so there is no margin of it."""
+    feedback = tmp_path / "feedback.jsonl"
+    turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "five"}]
+    write_jsonl(feedback, [{"messages": turns, "thumbs_up": True}])
+    pairs = write_pairs(tmp_path / "pair", make_pairs(3))
+    config = training_config(loss={"kind": "kto"}, feedback=str(feedback), pairs_per_step=3)
+    manifest = train(tmp_path, pairs=pairs, policy=base, config=config, feedback=feedback)
+    first, last = rows(stage_dir(tmp_path) / METRICS)
+    assert (first["examples"], last["examples"]) == (6, 1)
+    figures = manifest.outcome.metrics
+    assert figures["last_loss"] == last["loss"]
+    assert figures["last_margin"] == first["margin"]
+    missing = {"chosen_logprob_change", "rejected_logprob_change"} - last.keys()
+    assert len(missing) == 1
+    assert all(figures[f"last_{name}"] == first[name] for name in missing)
 
 
 def test_alarms_are_published_said_once_and_counted(

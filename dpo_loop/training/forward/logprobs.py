@@ -11,14 +11,14 @@ model's own forward, whose head a pre-hook lets see only those rows. No [B, L, V
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_loop.training.forward import lora_linear
+from dpo_loop.training.forward import last_mlp, shortcuts
 from dpo_loop.training.forward.head import Head, token_logprobs
 from dpo_loop.training.forward.packing import PackedRow, pack
 from dpo_loop.training.forward.sequences import TokenSequence
@@ -38,7 +38,8 @@ class TokenScores(NamedTuple):
 class Scorer:
     """model: of transformers or PEFT. packed: else sequences are padded rows. head: None leaves it to the model.
 
-    reason: why it is so, for the metrics of a stage. native_attention: the implementation that the model came with.
+    native_attention: the implementation that the model came with. shortcuts: whether they are taken. reason: why it is so, for the metrics
+    of a stage.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Scorer:
     packed: bool
     head: Head | None
     native_attention: str
+    shortcuts: bool = True
     reason: str = ""
 
     def __call__(self, sequences: Sequence[TokenSequence], *, with_collisions: bool = False) -> TokenScores:
@@ -56,26 +58,23 @@ class Scorer:
         else:
             ids_BL, scored_S, targets_S = pad(sequences, self.device)
             inputs = {"input_ids": ids_BL}
-        if self.head is not None:
-            hidden: Tensor = bare_model(self.model).base_model(**inputs, use_cache=False).last_hidden_state
-            logps, collisions = token_logprobs(
-                hidden.flatten(0, 1).index_select(0, scored_S), targets_S, self.head, with_collisions=with_collisions
-            )
-        else:
-            logps, collisions = _by_the_model(self.model, inputs, scored_S, targets_S, with_collisions=with_collisions)
+        with last_mlp.seeing_only(self.model, scored_S):
+            if self.head is None:
+                logps, collisions = _by_the_model(self.model, inputs, scored_S, targets_S, with_collisions=with_collisions)
+            else:
+                hidden: Tensor = bare_model(self.model).base_model(**inputs, use_cache=False).last_hidden_state
+                scored_SH = hidden.flatten(0, 1).index_select(0, scored_S)
+                logps, collisions = token_logprobs(scored_SH, targets_S, self.head, with_collisions=with_collisions)
         return TokenScores(_as_asked(logps, row), None if collisions is None else _as_asked(collisions, row))
 
     @contextmanager
     def native(self) -> Iterator[None]:
-        """The model as it came: its own attention and PEFT's own layers, for forwards that are none of ours."""
+        """The model as it came: its own attention and its own modules, for forwards that are none of ours."""
         set_attention(self.model, self.native_attention)
-        lora_linear.restore(self.model)
-        try:
+        with shortcuts.left(self.model) if self.shortcuts else nullcontext():
             yield
-        finally:
-            lora_linear.speed_up(self.model)
-            if self.packed:
-                set_attention(self.model, NAME)
+        if self.packed:
+            set_attention(self.model, NAME)
 
 
 def completion_logprobs(model: Any, sequences: Sequence[TokenSequence], *, device: torch.device) -> Tensor:

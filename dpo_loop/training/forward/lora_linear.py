@@ -70,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_TO = grad.reshape(-1, grad.shape[-1])
         kind = grad_TO.dtype
         back_TR = (grad_TO @ b_OR.to(kind)).mul_(ctx.scaling)
-        grad_b_OR = (grad_TO.T @ low_TR).mul_(ctx.scaling).to(b_OR.dtype)
+        grad_b_OR = (low_TR.T @ grad_TO).T.mul(ctx.scaling).to(b_OR.dtype)  # as grad' low it takes twice as long
         grad_a_RI = (back_TR.T @ x_TI).to(a_RI.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -26,6 +26,9 @@ from dpo_loop.training.forward.packing import Span, TreeLayout
 NAME = "dpo_loop_tree"
 """Of the implementation, for `model.set_attn_implementation`."""
 
+_CUT_FROM = 320
+"""Tokens of a causal span that is cut in two: one of 384 takes 0.8 of the time then, one of 640 three quarters."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -105,8 +108,8 @@ class _SpanAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        grad_query, grad_key, grad_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
-        for queries, keys, causal, _ in _calls(ctx.layout):
+        grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        for queries, keys, causal, joins in _calls(ctx.layout):
             grads = _flash_backward(
                 _at(grad_out, queries),
                 _at(query, queries),
@@ -118,21 +121,33 @@ class _SpanAttention(torch.autograd.Function):
                 causal,
                 scale=ctx.scale,
             )
-            _at(grad_query, queries).add_(grads[0])
-            _at(grad_key, keys).add_(grads[1])
-            _at(grad_value, keys).add_(grads[2])
+            for grad, span, part in zip((grad_query, grad_key, grad_value), (queries, keys, keys), grads, strict=True):
+                _at(grad, span).add_(part) if joins else _at(grad, span).copy_(part)
         return grad_query, grad_key, grad_value, None, None
 
 
-def _calls(layout: TreeLayout) -> list[tuple[Span, Span, bool, bool]]:
-    """(queries, keys, causal, joins what the queries got before)."""
+_Call = tuple[Span, Span, bool, bool]
+"""(queries, keys, causal, joins what queries and keys got before)."""
+
+
+def _calls(layout: TreeLayout) -> list[_Call]:
+    """Every token is in one causal call, as query and as key; calls that join others come after those."""
     calls = []
     for tree in layout.trees:
-        calls.append((tree.stem, tree.stem, True, False))
-        calls += [(branch, branch, True, False) for branch in tree.branches[1:] if len(branch)]
+        for span in (tree.stem, *tree.branches[1:]):
+            calls += _causal(span)
         if len(tree.others):
             calls.append((tree.others, tree.prompt, False, True))
     return calls
+
+
+def _causal(span: Span) -> list[_Call]:
+    """The kernel computes the whole square and drops what lies above its diagonal, so a long span is cut: two half squares and the one below."""
+    if len(span) < _CUT_FROM:
+        return [(span, span, True, False)] if len(span) else []
+    middle = (span.start + span.end) // 2
+    early, late = Span(span.start, middle), Span(middle, span.end)
+    return [*_causal(early), *_causal(late), (late, early, False, True)]
 
 
 def _at(tensor: Tensor, span: Span) -> Tensor:

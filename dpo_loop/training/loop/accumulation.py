@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_loop.errors import InputError
-from dpo_loop.training.loop.batches import Cut
+from dpo_loop.training.loop.batches import Cut, Spread
 from dpo_loop.training.processes import MicroBatch, Processes
 
 _OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -45,12 +45,21 @@ class OutOfMemoryError(Exception):
 
 
 class Accumulator:
-    """Sums of an objective over rows, with or without their gradient."""
+    """Sums of an objective over rows, with or without their gradient. estimates: of what its estimates are taken; None is as of `sums`."""
 
     def __init__(
-        self, objective: Objective, *, cut: Cut, num_tokens: Sequence[int], accelerator: Any, processes: Processes, model: Any
+        self,
+        objective: Objective,
+        *,
+        cut: Cut,
+        num_tokens: Sequence[int],
+        estimates: Spread | None = None,
+        accelerator: Any,
+        processes: Processes,
+        model: Any,
     ) -> None:
-        self.objective, self.cut, self.num_tokens = objective, cut, num_tokens
+        self.objective, self.spread = objective, Spread(cut, num_tokens)
+        self.estimates = estimates or self.spread
         self.accelerator, self.processes, self.model = accelerator, processes, model
         self._names: dict[str, list[str]] = {}
 
@@ -67,18 +76,22 @@ class Accumulator:
             return self._sums(rows, max_tokens=max_tokens, learns=False)
 
     def _sums(self, rows: Sequence[int], *, max_tokens: int, learns: bool) -> dict[str, float]:
-        share = self.processes.share(rows, cut=self.cut, num_tokens=self.num_tokens, max_tokens=max_tokens)
         with torch.no_grad():
-            estimates = self._over(share, "estimates", lambda micro: self.objective.estimates(micro.rows))
+            shared = self._share(rows, self.estimates, max_tokens)
+            estimates = self._over(shared, "estimates", lambda micro: self.objective.estimates(micro.rows))
         size = self.objective.size(rows)
 
         def sums_of(micro: MicroBatch) -> dict[str, Tensor]:
             sums = self.objective.sums(micro.rows, estimates=estimates)
             if learns:
-                self.accelerator.backward(sums["loss"] / size if micro.counts else 0 * sums["loss"])
+                # Not accelerator.backward, which divides by what ACCELERATE_GRADIENT_ACCUMULATION_STEPS says; there is no scaler: no fp16.
+                torch.autograd.backward(sums["loss"] / size if micro.counts else 0 * sums["loss"])
             return sums
 
-        return self._over(share, "sums", sums_of)
+        return self._over(self._share(rows, self.spread, max_tokens), "sums", sums_of)
+
+    def _share(self, rows: Sequence[int], spread: Spread, max_tokens: int) -> list[MicroBatch]:
+        return self.processes.share(rows, cut=spread.cut, num_tokens=spread.num_tokens, max_tokens=max_tokens)
 
     def _over(self, share: Sequence[MicroBatch], what: str, one: Callable[[MicroBatch], dict[str, Tensor]]) -> dict[str, float]:
         """Sums over the micro-batches of all processes. What a first call finds to have no names is not called again."""
@@ -130,6 +143,17 @@ def out_of_memory(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in _OUT_OF_MEMORY_WORDS):
         return text.splitlines()[0]
     return ""
+
+
+@contextmanager
+def shortage_explained(what: str, *, expected: str) -> Iterator[None]:
+    """Of memory that runs out where a smaller micro-batch does not help: when a model is loaded, or the optimizer's state is made."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if shortage := out_of_memory(error):
+            raise does_not_fit(what, shortage, expected=expected) from error
+        raise
 
 
 def does_not_fit(what: str, shortage: str, *, expected: str) -> InputError:

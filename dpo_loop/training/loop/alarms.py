@@ -1,8 +1,8 @@
 """What the figures of training say when something is wrong.
 
 A figure is a mean over the last `window_steps` steps, so that one odd batch raises nothing: before as many steps were made, nothing
-is raised. Figures of held-out pairs are there only on the steps that looked at them, and are judged on those. A figure that is not
-a number is past every limit.
+is raised. A shorter training, of three steps at least, is judged at its end over all it has. Figures of held-out pairs are there only
+on the steps that looked at them, and are judged on those. A figure that is not a number is past every limit.
 
 facts/training.md §11 also stops where the margin doubles within 50 steps. That is not built: a margin starts at zero, so every
 healthy run doubles it early on, and from the warning level of 5 a doubling is the stop limit of 10.
@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from dpo_loop.config import AlarmLimits, AlarmsConfig
+from dpo_loop.config import AlarmLimits, AlarmsConfig, IpoLoss, Loss, OrpoLoss, SigmoidNormLoss, SimpoLoss, SppoHardLoss
 from dpo_loop.types import Record
+
+FEWEST_STEPS = 3
+"""Of a training that is shorter than a window, for its figures to be judged."""
+_OTHER_SCALE = (IpoLoss, SppoHardLoss, SigmoidNormLoss, SimpoLoss, OrpoLoss)
+"""Losses with other gradients than those that max_grad_norm is made for, which are at most beta times that of a completion's log-prob:
+squares, whose gradient grows as beta falls, and means per token, whose gradient grows as completions get shorter. Clipping is usual in
+them, and since Adam divides by the size of its gradients it does no harm."""
 
 
 class Alarm(Record):
@@ -41,14 +48,24 @@ class _Figure:
     below: bool = False
 
 
-def alarms_at(rows: Sequence[Mapping[str, Any]], config: AlarmsConfig, *, max_grad_norm: float) -> list[Alarm]:
+def limits_for(loss: Loss, config: AlarmsConfig) -> AlarmsConfig:
+    """Those of the config that say something about this loss: clipped_share does not where gradients have another scale."""
+    if not isinstance(loss, _OTHER_SCALE):
+        return config
+    return config.model_copy(update={"clipped_share": AlarmLimits(warn=None, stop=None)})
+
+
+def alarms_at(
+    rows: Sequence[Mapping[str, Any]], config: AlarmsConfig, *, max_grad_norm: float, is_last: bool = False
+) -> list[Alarm]:
     """Alarms of the newest row of metrics.jsonl, given the rows so far; the caller raises each name and level once.
 
-    A name is there at most once, with the worse level that it reached. Keys that an objective does not have raise nothing.
+    is_last: no step comes after it. A name is there at most once, with the worse level that it reached. Keys that an objective does not have raise nothing.
     """
-    if len(rows) < config.window_steps:
+    fewest = min(FEWEST_STEPS, config.window_steps) if is_last else config.window_steps
+    if len(rows) < fewest:
         return []
-    figures = _figures(rows, config.window_steps, max_grad_norm)
+    figures = _figures(rows, min(config.window_steps, len(rows)), max_grad_norm)
     found = (_alarm(name, figure, getattr(config, name), rows[-1]["step"]) for name, figure in figures.items())
     return [alarm for alarm in found if alarm is not None]
 

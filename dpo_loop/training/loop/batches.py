@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 from dpo_loop.training.forward.logprobs import Scorer
 from dpo_loop.training.forward.packing import num_packed
@@ -38,6 +39,13 @@ def optimizer_steps(num_examples: int, *, epochs: int, per_step: int, seed: int)
 
 Cut = Callable[[Sequence[int], int], list[list[int]]]
 """(examples of a step, most tokens of a micro-batch) -> micro-batches. One example more than that makes a micro-batch of its own."""
+
+
+class Spread(NamedTuple):
+    """How examples are spread over micro-batches and processes. num_tokens: that example i puts through the model."""
+
+    cut: Cut
+    num_tokens: Sequence[int]
 
 
 def cut_for(scorer: Scorer, sequences_of: Callable[[int], Sequence[TokenSequence]]) -> Cut:

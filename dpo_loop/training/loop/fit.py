@@ -26,11 +26,12 @@ from dpo_loop.journal import Journal
 from dpo_loop.progress import say
 from dpo_loop.training.loop.accumulation import Accumulator, Objective, OutOfMemoryError, does_not_fit
 from dpo_loop.training.loop.alarms import Alarm, alarms_at
-from dpo_loop.training.loop.batches import Cut, optimizer_steps
+from dpo_loop.training.loop.batches import Cut, Spread, optimizer_steps
 from dpo_loop.training.loop.checkpoints import read_newest_checkpoint, rows_until, write_checkpoint
 from dpo_loop.training.loop.held_out import BestLook, put
 from dpo_loop.training.loop.optimizer import build_optimizer, lr_at
 from dpo_loop.training.loop.step_lines import StepLines
+from dpo_loop.training.loop.trackers import send
 from dpo_loop.training.processes import Processes
 from dpo_loop.types import content_id
 
@@ -51,6 +52,8 @@ class Plan:
     checkpoint_every_steps: int
     optimizer: OptimizerConfig
     seed: int
+    estimates: Spread | None = None
+    """Of the sequences that the objective's estimates are taken of, where they are others than the rows'."""
     held_out: Sequence[int] = ()
     """Rows that are never trained on."""
     held_out_config: HeldOutConfig | None = None
@@ -76,6 +79,11 @@ class Fitted:
     stopped_early_at: int | None
     weights_of_step: int
     micro_batch_tokens: int
+
+
+def seed_of(seed: int, step: int, process: int) -> int:
+    """Of what is drawn in a step: 0 <= result < 2**63, as torch takes it, for every seed of a config."""
+    return (seed * 1_000_003 + step + 15_485_863 * process) % 2**63
 
 
 def fit(
@@ -109,7 +117,13 @@ class _Loop:
         self.parameters = parameters
         self.processes = Processes(accelerator)
         self.accumulator = Accumulator(
-            objective, cut=plan.cut, num_tokens=plan.num_tokens, accelerator=accelerator, processes=self.processes, model=model
+            objective,
+            cut=plan.cut,
+            num_tokens=plan.num_tokens,
+            estimates=plan.estimates,
+            accelerator=accelerator,
+            processes=self.processes,
+            model=model,
         )
         held_out = set(plan.held_out)
         trained = [row for row in range(len(plan.num_tokens)) if row not in held_out]
@@ -150,21 +164,23 @@ class _Loop:
         while done < len(self.steps) and not self.best.is_over:
             row = self._step(done)
             done += 1
-            self._raise_alarms()
+            is_last = done == len(self.steps) or self.best.is_over
+            self._raise_alarms(is_last=is_last)
             if done % self.plan.checkpoint_every_steps == 0:
                 self._checkpoint(done)
             if self.processes.is_main:
-                lines.show(row, is_last=done == len(self.steps) or self.best.is_over)
-        if self.best.is_over:
+                lines.show(row, is_last=is_last)
+        stopped_early_at = done if self.best.is_over else None
+        if stopped_early_at is not None:
+            than = f"no lower loss than {self.best.loss:.4f}" if self.best.step else "no finite loss"
             self._say(
-                f"stops early after step {done}/{len(self.steps)}: {self.best.looks_since} looks at held-out pairs in a row found no lower "
-                f"loss than {self.best.loss:.4f}"
+                f"stops early after step {done}/{len(self.steps)}: {self.best.looks_since} looks at held-out pairs in a row found {than}"
             )
         if not self.best.weights:
-            return Fitted(self.rows, self.alarms, None, done, self.max_tokens)
+            return Fitted(self.rows, self.alarms, stopped_early_at, done, self.max_tokens)
         self._say(f"ends with the weights of step {self.best.step}, the best look at held-out pairs")
         self.best.restore(self.parameters)
-        return Fitted(self.rows, self.alarms, done if self.best.is_over else None, self.best.step, self.max_tokens)
+        return Fitted(self.rows, self.alarms, stopped_early_at, self.best.step, self.max_tokens)
 
     def _step(self, step: int) -> dict[str, Any]:
         rows, started = self.steps[step], time.monotonic()
@@ -184,11 +200,11 @@ class _Loop:
             row |= self._look(step)
         self.rows.append(row)
         self._append(METRICS, row)
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step + 1)
+        send(self.accelerator, {name: value for name, value in row.items() if name != "step"}, step=step + 1)
         return row
 
     def _gradient(self, rows: Sequence[int], step: int) -> dict[str, float]:
-        torch.manual_seed(self.plan.seed * 1_000_003 + step + 15_485_863 * self.processes.index)
+        torch.manual_seed(seed_of(self.plan.seed, step, self.processes.index))
         sums = self.accumulator.backward(rows, max_tokens=self.max_tokens)
         self.processes.add_gradients(self.parameters.values())
         return sums
@@ -236,11 +252,11 @@ class _Loop:
         what = f"{self.plan.label} with micro-batches of {self.max_tokens} tokens"
         return does_not_fit(what, shortage, expected=self.plan.expected_memory)
 
-    def _raise_alarms(self) -> None:
+    def _raise_alarms(self, *, is_last: bool) -> None:
         if self.plan.alarms is None:
             return
         before = {(alarm.name, alarm.level) for alarm in self.alarms}
-        found = alarms_at(self.rows, self.plan.alarms, max_grad_norm=self.plan.optimizer.max_grad_norm)
+        found = alarms_at(self.rows, self.plan.alarms, max_grad_norm=self.plan.optimizer.max_grad_norm, is_last=is_last)
         new = [alarm for alarm in found if (alarm.name, alarm.level) not in before]
         for alarm in new:
             self.alarms.append(alarm)

@@ -12,20 +12,37 @@ import torch
 from torch import Tensor
 
 from dpo_loop.config import HeldOutConfig
+from dpo_loop.types import PreferencePair
 
 
-def held_out_rows(prompt_ids: Sequence[str], config: HeldOutConfig, *, seed: int) -> list[int]:
+def held_out_rows(pairs: Sequence[PreferencePair], config: HeldOutConfig, *, seed: int) -> list[int]:
     """Rows to hold out, ascending: a pure function of the seed and the prompts. Pairs of one prompt are on the same side, and at most half
     of all are held out. Empty if that would be fewer than config.min_pairs."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, prompt_id in enumerate(prompt_ids):
-        rows_of[prompt_id].append(row)
-    room = min(int(config.share * len(prompt_ids)), config.max_pairs, len(prompt_ids) // 2)
+    rows_of = _by_prompt(pairs)
+    room = min(int(config.share * len(pairs)), config.max_pairs, len(pairs) // 2)
     taken: list[int] = []
     for prompt_id in sorted(rows_of, key=lambda prompt_id: hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()):
         if len(taken) + len(rows_of[prompt_id]) <= room:
             taken += rows_of[prompt_id]
     return sorted(taken) if len(taken) >= config.min_pairs else []
+
+
+def _by_prompt(pairs: Sequence[PreferencePair]) -> dict[str, list[int]]:
+    """Rows that share a prompt, under the least of its ids. Prompts are one if their tokens are, whatever their ids say: merged sets know the
+    same prompt under several. They are also one if their id is."""
+    leader: dict[Any, Any] = {}
+
+    def find(name: Any) -> Any:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for pair in pairs:
+        leader[find(pair.prompt_token_ids)] = find(pair.prompt_id)
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for row, pair in enumerate(pairs):
+        groups[find(pair.prompt_id)].append(row)
+    return {min(pairs[row].prompt_id for row in rows): rows for rows in groups.values()}
 
 
 class BestLook:

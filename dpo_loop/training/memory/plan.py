@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dpo_loop.config import KtoLoss, TrainingConfig
 from dpo_loop.training.memory.shape import ModelShape, read_shape
+from dpo_loop.training.prerequisites import shards_base
 from dpo_loop.types import Record
 
 REFERENCE_BATCHES = 2
@@ -156,14 +157,15 @@ class _Need:
 
     def head(self, tokens: int) -> int:
         """As if all tokens were scored: what goes in, the direction of its gradient, the gradient; one chunk of logits."""
-        rows_bytes = max(_CHUNK_ROWS * 4 * self.shape.vocabulary, _CHUNK_BYTES[self.device])
-        return 3 * tokens * self.shape.hidden * self.width + 3 * rows_bytes
+        row_bytes = 4 * self.shape.vocabulary
+        chunk_bytes = min(max(_CHUNK_ROWS * row_bytes, _CHUNK_BYTES[self.device]), tokens * row_bytes)
+        return 3 * tokens * self.shape.hidden * self.width + 3 * chunk_bytes
 
     def notes(self) -> list[str]:
         found = []
         if self.device == "cuda":
             found.append("no GPU was measured for these figures: they follow from the same count as those of a CPU, which were")
-        if self.config.accelerate_config is not None:
+        if shards_base(self.config):
             found.append(f"what {self.config.accelerate_config} shards is counted as if every process held all of it")
         return found
 

@@ -1,6 +1,6 @@
 """KTO as an objective of the training loop: single examples with a thumb up or down instead of pairs (https://arxiv.org/abs/2402.01306).
 
-Rows are examples. Pairs are split: pair i is row 2i (chosen, thumb up) and row 2i + 1 (rejected, thumb down); unpaired feedback follows.
+Rows are examples. Pairs are split into a thumb up for what was chosen and a thumb down for what was rejected; unpaired feedback follows.
 
 The loss compares an example's reward with z0, an estimate of the KL of the policy to the reference: the mean log-ratio of completions
 that belong to other prompts, never below zero and without gradient. Here it is a mean over the whole optimizer step, so that neither
@@ -13,24 +13,19 @@ Shapes: B examples, N completion tokens of all of them.
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import StrictBool, ValidationError
 from torch import Tensor
 
 from dpo_loop.config import KtoLoss
-from dpo_loop.errors import InputError
 from dpo_loop.training.forward.logprobs import Scorer
 from dpo_loop.training.forward.sequences import TokenSequence, sum_by_sequence
 from dpo_loop.training.objectives.losses import Side, kto_loss, length_normalised_nll, rewards
 from dpo_loop.training.objectives.preferences import check_start
-from dpo_loop.training.objectives.sft import Demonstration, tokenize
-from dpo_loop.types import Message, Record, Tally, content_id
+from dpo_loop.types import content_id
 
 
 class Example(NamedTuple):
@@ -70,62 +65,6 @@ def mismatched(examples: Sequence[Example], *, max_length: int) -> list[TokenSeq
         prompt, completion = examples[row].sequence.prompt, examples[order[partner]].sequence.completion
         found[row] = TokenSequence(prompt, completion[: max(1, max_length - len(prompt))])
     return found
-
-
-class Feedback(Record):
-    """A thumb for the last assistant turn of a conversation."""
-
-    messages: tuple[Message, ...]
-    thumbs_up: StrictBool
-
-
-def read_feedback(path: Path) -> list[Feedback]:
-    """JSONL of {"messages": [...], "thumbs_up": true or false}; other keys are ignored.
-
-    Raises InputError with the number and the reason of the first line that is not so, or for a file without any.
-    """
-    found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                feedback = Feedback.model_validate({name: row[name] for name in ("messages", "thumbs_up")})
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path}:{number} is not feedback: {_reason(error)}. "
-                    'Expected {"messages": [{"role": ..., "content": ...}, ...], "thumbs_up": true or false}'
-                ) from error
-            last = feedback.messages[-1] if len(feedback.messages) > 1 else None
-            if last is None or last.role != "assistant" or not last.content.strip():
-                raise InputError(f"{path}:{number} does not end with an assistant turn that says something after a user turn")
-            found.append(feedback)
-    if not found:
-        raise InputError(f"{path} holds no feedback")
-    return found
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        problem = error.errors()[0]
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def tokenize_feedback(feedback: Sequence[Feedback], model_dir: str, *, max_length: int) -> tuple[list[Example], Tally]:
-    """Feedback as examples, thumbs up first: the last assistant turn is the completion. Those that are too long, or whose template does
-    not continue its own prompt, are counted out. Raises InputError if none of the thumbs up, or none of the thumbs down, is left."""
-    examples: list[Example] = []
-    fates = Counter[str]()
-    for thumbs_up in (True, False):
-        rows = [Demonstration(messages=each.messages) for each in feedback if each.thumbs_up is thumbs_up]
-        if rows:
-            try:
-                found, tally = tokenize(rows, model_dir, max_length=max_length, train_on="last_turn")
-            except InputError as error:
-                raise InputError(f"of the feedback's thumbs {'up' if thumbs_up else 'down'}: {error}") from error
-            examples += [Example(each.sequence, thumbs_up) for each in found]
-            fates.update(tally.parts)
-    return examples, Tally(of="feedback", total=len(feedback), parts=dict(fates))
 
 
 class KtoObjective:

@@ -1,9 +1,13 @@
-"""Which pairs can be trained on, and a reason for each that cannot: too long pairs are dropped, never cut."""
+"""Which pairs can be trained on, and a reason for each that cannot: too long pairs are dropped, never cut.
+
+`contradictory`: the same two completions of the same prompt, both ways round; nobody knows which label is right, so none is learnt.
+`duplicate`: the same pair again; it would only count twice. Completions and prompts are the same if their token ids are.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from dpo_loop.errors import InputError
@@ -14,9 +18,12 @@ from dpo_loop.types import PreferencePair, Tally
 def select(pairs: Sequence[PreferencePair], *, max_length: int) -> tuple[list[PreferencePair], list[dict[str, Any]]]:
     """(kept, rows of DROPPED). max_length: of the prompt with either completion, tokens."""
     kept, dropped = [], []
+    preferences = {_preference(pair) for pair in pairs}
+    seen: set[Preference] = set()
     for pair in pairs:
         longest = len(pair.prompt_token_ids) + max(len(pair.chosen_token_ids), len(pair.rejected_token_ids))
-        if (reason := _reason(pair, longest, max_length)) is None:
+        if (reason := _reason(pair, longest, max_length) or _conflict(_preference(pair), preferences, seen)) is None:
+            seen.add(_preference(pair))
             kept.append(pair)
             continue
         dropped.append(
@@ -29,6 +36,21 @@ def select(pairs: Sequence[PreferencePair], *, max_length: int) -> tuple[list[Pr
             }
         )
     return kept, dropped
+
+
+Preference = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt, of what is preferred, and to what."""
+
+
+def _preference(pair: PreferencePair) -> Preference:
+    return pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids
+
+
+def _conflict(preference: Preference, preferences: Set[Preference], seen: Set[Preference]) -> str | None:
+    prompt, chosen, rejected = preference
+    if (prompt, rejected, chosen) in preferences:
+        return "contradictory"
+    return "duplicate" if preference in seen else None
 
 
 def _reason(pair: PreferencePair, longest: int, max_length: int) -> str | None:

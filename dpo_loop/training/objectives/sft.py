@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from dpo_loop.errors import InputError
 from dpo_loop.training.forward.logprobs import Scorer
 from dpo_loop.training.forward.sequences import TokenSequence
+from dpo_loop.training.model_checks import check_token_ids, vocabulary_size
 from dpo_loop.types import Message, Record, Tally
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -52,20 +53,23 @@ class _Rendered(NamedTuple):
 def read_demonstrations(path: Path) -> list[Demonstration]:
     """Raises InputError with the number and the reason of the first line that is not a demonstration."""
     found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = Demonstration.model_validate({"messages": json.loads(line)["messages"]})
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'{path}:{number} is not a demonstration: {_reason(error)}. Expected {{"messages": [...]}}'
-                ) from error
-            if len(row.messages) < 2 or row.messages[-1].role != "assistant" or not row.messages[-1].content.strip():
-                raise InputError(f"{path}:{number} does not end with an assistant turn that says something after a user turn")
-            found.append(row)
+    for number, line in enumerate(lines_of(path), start=1):
+        try:
+            row = Demonstration.model_validate({"messages": json.loads(line)["messages"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'{path}:{number} is not a demonstration: {_reason(error)}. Expected {{"messages": [...]}}') from error
+        if len(row.messages) < 2 or row.messages[-1].role != "assistant" or not row.messages[-1].content.strip():
+            raise InputError(f"{path}:{number} does not end with an assistant turn that says something after a user turn")
+        found.append(row)
     if not found:
         raise InputError(f"{path} holds no demonstrations")
     return found
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """Of a file that people write: without the blank lines that editors leave at its end."""
+    text = path.read_bytes().rstrip()
+    return text.split(b"\n") if text else []
 
 
 def _reason(error: Exception) -> str:
@@ -75,12 +79,37 @@ def _reason(error: Exception) -> str:
 
 
 def tokenize(
-    demonstrations: Sequence[Demonstration], model_dir: str, *, max_length: int, train_on: Literal["last_turn", "all_turns"]
+    demonstrations: Sequence[Demonstration],
+    model_dir: str,
+    *,
+    max_length: int,
+    train_on: Literal["last_turn", "all_turns"],
+    where: Path,
 ) -> tuple[list[SftExample], Tally]:
-    """Demonstrations as token ids; those that are too long, or whose template does not continue its own prompt, are counted out.
+    """Demonstrations as token ids, and a count of those that `render` gives a reason for. Raises InputError as it does, or if none is left."""
+    found = render(demonstrations, model_dir, max_length=max_length, train_on=train_on, where=where)
+    fates = Counter(each if isinstance(each, str) else "trained" for each in found)
+    if not fates["trained"]:
+        raise InputError(
+            f"none of {len(found)} demonstrations can be trained on: {dict(fates)}; see max_length and the chat template"
+        )
+    examples = [each for each in found if not isinstance(each, str)]
+    return examples, Tally(of="demonstrations", total=len(found), parts=dict(fates))
 
-    `all_turns` takes the template's own {% generation %} marks where it has them, else it renders turn by turn.
-    Raises InputError if none is left, or for one that the template refuses.
+
+def render(
+    demonstrations: Sequence[Demonstration],
+    model_dir: str,
+    *,
+    max_length: int,
+    train_on: Literal["last_turn", "all_turns"],
+    where: Path,
+) -> list[SftExample | str]:
+    """Each demonstration as token ids, or why it cannot be trained on: too_long, or template_mismatch where the template does not continue
+    its own prompt.
+
+    `all_turns` takes the template's own {% generation %} marks where it has them, else it renders turn by turn. where: the file that
+    holds one demonstration a line. Raises InputError for one that the template refuses, or with tokens that the model does not know.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ends = end_of_turn_ids(tokenizer, model_dir)
@@ -89,20 +118,16 @@ def tokenize(
         rendered = list(_marked(tokenizer, chats, ends))
     else:
         rendered = list(_turn_by_turn(tokenizer, chats, ends, every=train_on == "all_turns"))
-    examples, fates = [], Counter[str]()
-    for ids, spans in rendered:
-        if not spans:
-            fates["template_mismatch"] += 1
-        elif spans[-1].stop > max_length:
-            fates["too_long"] += 1
-        else:
-            fates["trained"] += 1
-            examples.append(_example(ids, spans))
-    if not examples:
-        raise InputError(
-            f"none of {len(demonstrations)} demonstrations can be trained on: {dict(fates)}; see max_length and the chat template"
-        )
-    return examples, Tally(of="demonstrations", total=len(demonstrations), parts=dict(fates))
+    found = [_example(ids, spans) if (reason := _misfit(spans, max_length)) is None else reason for ids, spans in rendered]
+    sequences = {f"{where}:{line}": each.sequence for line, each in enumerate(found, start=1) if not isinstance(each, str)}
+    check_token_ids(list(sequences.values()), vocabulary_size(model_dir), names=list(sequences))
+    return found
+
+
+def _misfit(spans: Sequence[range], max_length: int) -> str | None:
+    if not spans:
+        return "template_mismatch"
+    return "too_long" if spans[-1].stop > max_length else None
 
 
 def _example(ids: Sequence[int], spans: Sequence[range]) -> SftExample:

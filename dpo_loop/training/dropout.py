@@ -1,0 +1,37 @@
+"""Dropout that a base's config.json asks for: off while we train, so that the policy is its reference at step 0; as it was when it is saved.
+
+Modules in eval mode are not enough: transformers checkpoints a layer only in training mode, and many layers (OPT, Starcoder2, Falcon) then
+drop by a function of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_NOISE = ("drop", "jitter")
+"""In the names of a config's shares: attention_dropout, resid_pdrop, layerdrop, router_jitter_noise …"""
+
+
+def without_dropout(config: Any) -> Any:
+    """The config, its shares set to zero: before the model is built, since modules copy them."""
+    for part, name in _shares(config):
+        setattr(part, name, 0.0)
+    return config
+
+
+def put_dropout_back(config: Any, *, published: Any) -> None:
+    """The shares of a config that is to be saved, from the one that the model was published with."""
+    kept = {(type(part), name): getattr(part, name) for part, name in _shares(published)}
+    for part, name in _shares(config):
+        setattr(part, name, kept.get((type(part), name), 0.0))
+
+
+def _shares(config: Any) -> Iterator[tuple[Any, str]]:
+    """Of the config and of those inside it, a multimodal model's text and vision."""
+    for name, value in list(vars(config).items()):
+        if any(word in name for word in _NOISE) and isinstance(value, float):
+            yield config, name
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _shares(part)
