@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Protocol, assert_never
 
 from dpo_loop.config import EngineConfig
+from dpo_loop.openmp import wait_briefly
 from dpo_loop.types import FinishReason, PolicyRef
 
 
@@ -92,8 +93,7 @@ def prepare_environment() -> None:
     if _is_cpu_build():
         # vLLM compiles a few sampler functions with inductor: 2 to 14 s of C++ on a CPU for nothing measurable.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # OpenMP threads that spin while they wait starve each other as soon as something else runs: 5 times slower on two busy cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        wait_briefly()
 
 
 def _is_cpu_build() -> bool:

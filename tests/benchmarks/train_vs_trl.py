@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from dpo_loop.openmp import wait_briefly
 from tests.benchmarks.shapes import Case, IdPair, draw_pairs, relative_l2, vocabulary
 
 SIDES = ("ours", "trl")
@@ -44,8 +45,8 @@ class Side:
         path.write_text(json.dumps({**spec, "side": name, "out": str(folder / name)}))
         self.name, self.log = name, folder / f"{name}.log"
         self.errors = self.log.open("w")
-        # Threads that spin while they wait would disturb the other side, and collapse on a shared machine; the same for both.
-        same = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        wait_briefly()  # the product's setting, for both
+        same = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.training_side", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self.errors, text=True, env={**os.environ, **same},

@@ -39,7 +39,8 @@ STOPS_EARLY = training_config(
     lora=DROPOUT,
     micro_batch_tokens=40,
     checkpoint_every_steps=2,
-    optimizer=OptimizerConfig(lr=3e-2),
+    optimizer=OptimizerConfig(lr=2e-2),
+    seed=1,  # with which held-out pairs get worse at every look, and not by a hair
     held_out=HeldOutConfig(share=0.2, min_pairs=2, every_steps=3, patience=2),
     alarms=AlarmsConfig(kl=AlarmLimits(warn=1e-3, stop=None), margin=AlarmLimits(warn=None, stop=None), window_steps=2),
 )
@@ -173,7 +174,7 @@ def test_early_stop_ends_with_the_weights_of_the_best_look(tmp_path: Path, base:
 
 def test_held_out_pairs_are_never_trained_on_and_looks_draw_no_dropout(tmp_path: Path, base: PolicyRef) -> None:
     _, fitted, objective = attempt(base, tmp_path, STOPS_EARLY)
-    held_out = held_out_rows(make_pairs(NUM_PAIRS, seed=6), STOPS_EARLY.held_out, seed=0)
+    held_out = held_out_rows(make_pairs(NUM_PAIRS, seed=6), STOPS_EARLY.held_out, seed=STOPS_EARLY.seed)
     assert (len(held_out), fitted.rows[0]["pairs"]) == (4, 4)
     seen = {row for rows in objective.trained for row in rows}
     assert seen == set(range(NUM_PAIRS)) - set(held_out)
