@@ -13,5 +13,6 @@ tokens/s to between 65 and 900."""
 
 def wait_briefly() -> None:
     """Spin a little, then sleep: libgomp reads GOMP_SPINCOUNT, other OpenMP libraries only OMP_WAIT_POLICY."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))  # which libgomp would prefer to somebody's policy
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_NOISE = ("drop", "jitter")
-"""In the names of a config's shares: attention_dropout, resid_pdrop, layerdrop, router_jitter_noise …"""
+_NOISE = "drop"
+"""In the names of a config's shares: attention_dropout, resid_pdrop, layerdrop. Not a router's jitter: it is drawn in training mode only, in which
+routers never are, and PhiMoE's gates depend on it in eval mode, too."""
 
 
 def without_dropout(config: Any) -> Any:
@@ -30,7 +31,7 @@ def put_dropout_back(config: Any, *, published: Any) -> None:
 def _shares(config: Any) -> Iterator[tuple[Any, str]]:
     """Of the config and of those inside it, a multimodal model's text and vision."""
     for name, value in list(vars(config).items()):
-        if any(word in name for word in _NOISE) and isinstance(value, float):
+        if _NOISE in name and isinstance(value, float):
             yield config, name
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:

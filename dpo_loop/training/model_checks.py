@@ -20,7 +20,9 @@ from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.weights import weight_files
 
 _NUMBER = "N"
-_BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale)$")
+_BUFFERS = re.compile(
+    r"(^|\.)(inv_freq|(cos|sin)_cached|causal_mask|masked_bias|attn\.bias|attention\.bias|position_ids|[kv]_scale)$"
+)
 """What old checkpoints store beside their weights: frequencies, causal masks, positions."""
 
 

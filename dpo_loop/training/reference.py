@@ -24,6 +24,7 @@ from dpo_loop.training.forward.logprobs import Scorer
 from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.logprob_store import LogprobStore, entry_of
+from dpo_loop.training.loop.accumulation import out_of_memory
 from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.models import Quantization, load_policy
 from dpo_loop.training.sharding import wants_shards
@@ -85,7 +86,7 @@ def reference_logprobs(
 
 
 def _store_name(policy: PolicyRef, scorer: Scorer, accelerator: Any, quantize_base: Quantization | None) -> str:
-    route = (scorer.packed, scorer.head is not None, accelerator.mixed_precision, accelerator.device.type, quantize_base)
+    route = (*scorer.route.items(), accelerator.mixed_precision, accelerator.device.type, quantize_base)
     return content_id(PRODUCER_VERSION, policy.key, route)
 
 
@@ -126,7 +127,9 @@ class _Pass:
             for batch in cut_for(self.scorer, lambda row: [sequences[row]])(waiting, self.max_tokens):
                 try:
                     scored = self._forward([sequences[row] for row in batch])
-                except torch.OutOfMemoryError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
                     self._halve(error)
                     break
                 waiting = [row for row in waiting if row not in set(batch)]

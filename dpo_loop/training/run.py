@@ -203,7 +203,7 @@ def _plan(job: Job, examples: Examples, scorer: Scorer, memory: MemoryPlan) -> P
             "reference": job.reference.key,
             "token_ids": content_id([[list(sequence) for sequence in row] for row in examples.rows]),
         },
-        circumstances={"packed": scorer.packed, "gradient_checkpointing": memory.gradient_checkpointing},
+        circumstances={**scorer.route, "gradient_checkpointing": memory.gradient_checkpointing},
     )
 
 

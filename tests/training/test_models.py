@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, OPTConfig, PreTrainedConfig, Starcoder2Config, XGLMConfig
+from transformers import AutoConfig, LlamaConfig, OPTConfig, PhimoeConfig, PreTrainedConfig, Starcoder2Config, XGLMConfig
 
 from dpo_loop.config import LoraShape
 from dpo_loop.errors import InputError, PolicyError
@@ -29,7 +29,7 @@ from dpo_loop.training.models import (
 from dpo_loop.training.seed import _save_model
 from dpo_loop.types import PolicyRef
 from tests.builders import build_adapter, build_model
-from tests.training.families import TINY, made
+from tests.training.families import TINY, heavy, made
 
 ACCELERATOR = build_accelerator("float32")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -91,6 +91,21 @@ def test_gradient_checkpointing_wakes_no_dropout(tmp_path: Path, config: PreTrai
     scorer = build_scorer(model, device=ACCELERATOR.device, forward="auto")
     sequences = [TokenSequence((5, 6, 7), (8, 9))]
     assert torch.equal(scorer(sequences).logps_N, scorer(sequences).logps_N)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3),
+        PhimoeConfig(**TINY, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.3),
+    ],
+    ids=["opt", "phimoe"],
+)
+def test_what_is_switched_off_changes_nothing_in_eval_mode(tmp_path: Path, config: PreTrainedConfig) -> None:
+    """PhiMoE's gates depend on its router's jitter in eval mode, too."""
+    published = heavy(made(config))
+    published.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_base(str(tmp_path), accelerator=ACCELERATOR, frozen=True)), logits(published))
 
 
 def test_a_model_is_saved_with_the_dropout_that_it_was_published_with(tmp_path: Path) -> None:

@@ -115,6 +115,15 @@ def test_attention_in_chunks_is_packed_up_to_a_chunk() -> None:
     assert "when packed differ" in scorer.reason
 
 
+@pytest.mark.parametrize("family", ["llama4", "phimoe"])
+def test_a_router_that_is_a_linear_layer_by_class_is_no_obstacle(family: str) -> None:
+    if family == "llama4":
+        model = llama4(moe_layers=[1], no_rope_layers=[1, 1])
+    else:
+        model = heavily("Phimoe", "PhimoeConfig", num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    assert probed(model).packed
+
+
 def test_attention_that_changes_at_a_place_of_the_row_is_not_packed() -> None:
     """No sequence is so long, but a row of many is, and Llama 4 counts from its beginning."""
     scorer = probed(llama4(no_rope_layers=[0, 0], attn_temperature_tuning=True, floor_scale=8192))

@@ -25,6 +25,13 @@ class HalfRMSNorm(torch.nn.Module):
         return self.weight * x * torch.rsqrt(x[..., :32].pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+class OutsideRMSNorm(HalfRMSNorm):
+    """eps beside the root: the same where values are large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+
+
 def replaced(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
@@ -47,10 +54,10 @@ def test_norms_that_are_known_are_replaced_and_compute_the_same(family: str, nor
 
 
 def test_norms_of_another_kind_are_left_alone() -> None:
-    stranger, trained = HalfRMSNorm(), build("llama").model.norm
+    trained = build("llama").model.norm
     trained.weight.requires_grad_(True)
     half = build("llama").model.norm.bfloat16()
-    for module in (stranger, trained, half):
+    for module in (HalfRMSNorm(), OutsideRMSNorm(), trained, half):
         rms_norm.speed_up(module)
         assert replaced(module) == []
 
@@ -120,6 +127,10 @@ def test_the_model_is_as_it_came_inside_native_and_once_left() -> None:
     with scorer.native():
         assert replaced(model) == []
     assert replaced(model) == taken
+    ours = scorer(ragged()).logps_N
+    with pytest.raises(ZeroDivisionError), scorer.native():
+        1 / 0  # noqa: B018
+    assert torch.equal(scorer(ragged()).logps_N, ours)
     shortcuts.leave(model)
     assert replaced(model) == []
 

@@ -53,13 +53,16 @@ def token_logprobs(hidden_NH: Tensor, targets_N: Tensor, head: Head, *, with_col
     if torch.is_grad_enabled() and head.weight.requires_grad:
         logps_N, collisions_N = _recomputed(hidden_NH, targets_N, head, rows)
     else:
-        logps_N, collisions_N = _StoredDirection.apply(hidden_NH, targets_N, head, rows)  # type: ignore[no-untyped-call]
+        scored = _StoredDirection.apply(hidden_NH, targets_N, head, rows, with_collisions)  # type: ignore[no-untyped-call]
+        logps_N, collisions_N = scored
     return logps_N, collisions_N if with_collisions else None
 
 
 class _StoredDirection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head, rows: int, with_collisions: bool
+    ) -> tuple[Tensor, Tensor]:
         num = len(hidden_NH)
         logps_N = torch.empty(num, dtype=torch.float32, device=hidden_NH.device)
         collisions_N = torch.empty_like(logps_N)
@@ -68,10 +71,13 @@ class _StoredDirection(torch.autograd.Function):
             chunk = slice(start, start + rows)
             targets_R1 = targets_N[chunk, None]
             scores_RV, slope_RV = _scores(hidden_NH[chunk], head, with_slope=direction_NH is not None)
-            norm_R1 = scores_RV.logsumexp(dim=1, keepdim=True)
-            logps_N[chunk] = (scores_RV.gather(1, targets_R1) - norm_R1).squeeze(1)
-            probs_RV = scores_RV.sub_(norm_R1).exp_()
-            collisions_N[chunk] = torch.linalg.vector_norm(probs_RV, dim=1).log().mul_(2)
+            logps_RV = scores_RV.log_softmax(dim=1)
+            logps_N[chunk] = logps_RV.gather(1, targets_R1).squeeze(1)
+            if direction_NH is None and not with_collisions:
+                continue
+            probs_RV = logps_RV.exp_()
+            if with_collisions:
+                collisions_N[chunk] = torch.linalg.vector_norm(probs_RV, dim=1).log().mul_(2)
             if direction_NH is not None:
                 # d(logp_y)/dz = 1[y] - p, through the cap's slope and the scale.
                 probs_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -1, dtype=probs_RV.dtype))
@@ -86,7 +92,7 @@ class _StoredDirection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (direction_NH,) = ctx.saved_tensors
-        return direction_NH * grad_N[:, None].to(direction_NH.dtype), None, None, None
+        return direction_NH * grad_N[:, None].to(direction_NH.dtype), None, None, None, None
 
 
 def _scores(hidden_RH: Tensor, head: Head, *, with_slope: bool) -> tuple[Tensor, Tensor | None]:

@@ -50,6 +50,11 @@ class Scorer:
     shortcuts: bool = True
     reason: str = ""
 
+    @property
+    def route(self) -> dict[str, bool]:
+        """What a log-prob's last bits depend on."""
+        return {"packed": self.packed, "own_head": self.head is None, "shortcuts": self.shortcuts}
+
     def __call__(self, sequences: Sequence[TokenSequence], *, with_collisions: bool = False) -> TokenScores:
         row = pack(sequences).to(self.device) if self.packed else None
         if row is not None:
@@ -71,10 +76,12 @@ class Scorer:
     def native(self) -> Iterator[None]:
         """The model as it came: its own attention and its own modules, for forwards that are none of ours."""
         set_attention(self.model, self.native_attention)
-        with shortcuts.left(self.model) if self.shortcuts else nullcontext():
-            yield
-        if self.packed:
-            set_attention(self.model, NAME)
+        try:
+            with shortcuts.left(self.model) if self.shortcuts else nullcontext():
+                yield
+        finally:
+            if self.packed:
+                set_attention(self.model, NAME)
 
 
 def completion_logprobs(model: Any, sequences: Sequence[TokenSequence], *, device: torch.device) -> Tensor:

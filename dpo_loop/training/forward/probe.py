@@ -69,9 +69,9 @@ def build_scorer(
                 set_attention(model, NAME if scorer.packed else native)
                 worst, excess = (max(pair) for pair in zip(*_judged(scorer, sequences, yardsticks), strict=True))
             except Exception as error:  # a model that cannot be packed fails in its own way
+                if out_of_memory(error):
+                    raise
                 if scorer is ways[-1]:
-                    if out_of_memory(error):
-                        raise
                     raise _unusable(model, error) from error
                 refusals.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue

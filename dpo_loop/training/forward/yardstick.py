@@ -75,7 +75,9 @@ def other_roundings(model: Any, device: torch.device, *, seed: int) -> Iterator[
     unit = torch.finfo(computed_in(model, device)).eps
     draw = torch.Generator(device).manual_seed(seed)
 
-    def push(_module: torch.nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def push(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router that is a linear layer by class
+            return output
         off = torch.rand(output.shape, generator=draw, device=output.device) - 0.5
         return (output.float() * (1 + unit * off)).to(output.dtype)
 
