@@ -95,7 +95,9 @@ def kill_in(stage: str, round_number: int, run: RunDir, log: Path, env: dict[str
 
 
 def test_kill_9_in_every_stage_leaves_the_same_pairs(whole_run: RunDir, prefect_server: PrefectServer, tmp_path: Path) -> None:
-    run, log, env = RunDir(tmp_path / "killed"), tmp_path / "killed.log", prefect_server.env
+    run, log = RunDir(tmp_path / "killed"), tmp_path / "killed.log"
+    _, _, circumstances = training_of(whole_run.round(1).path)
+    env = prefect_server.env | {"OMP_NUM_THREADS": str(circumstances["num_threads"])}  # on which the last bits depend
     # Every stage once: those that round 0 alone has, and those of a round.
     victims = [*((stage, 0) for stage in STAGES_OF_ROUND_0 if stage not in STAGES), *((stage, 1) for stage in STAGES)]
     caught, finished = [], {}

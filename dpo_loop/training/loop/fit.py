@@ -141,6 +141,7 @@ class _Loop:
             **plan.circumstances,
             "micro_batch_tokens": plan.micro_batch_tokens,
             "num_processes": self.processes.num,
+            "num_threads": torch.get_num_threads(),
             "versions": package_versions(),
         }
 
