@@ -92,25 +92,6 @@ def stored_tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
                 yield name, weights.get_tensor(name)
 
 
-def check_rotary(config: Any, longest: int, where: str) -> None:
-    """Raises PolicyError for positions whose frequencies follow from the longest sequence of a forward, so that they differ from batch to batch.
-
-    longest: tokens of the longest sequence. Up to the length that the model was first trained with, there is nothing of the kind.
-    """
-    config = config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        kind = each.get("rope_type")
-        if kind not in ("longrope", "dynamic"):
-            continue
-        limit = (each if kind == "longrope" else {}).get("original_max_position_embeddings") or config.max_position_embeddings
-        if longest > limit:
-            raise PolicyError(
-                f"{where} has {kind} positions: beyond {limit} tokens they depend on the longest sequence of a batch, and here are sequences of "
-                f"{longest}. Lower max_length to {limit}, or give a model with other positions"
-            )
-
-
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
     """One tensor at a time; a sum is cheaper than a mask, and it is a number only if all summands are, or it overflowed."""
     for name, tensor in tensors:
@@ -132,10 +113,11 @@ def vocabulary_size(path: str) -> int:
 def check_token_ids(sequences: Sequence[TokenSequence], vocab_size: int, *, names: Sequence[str] | None = None) -> None:
     """Raises InputError, naming the sequence and the id, for a token that the model has no embedding for. names: None names by number."""
     for number, sequence in enumerate(sequences):
+        name = f"sequence {number}" if names is None else names[number]
         for part, ids in zip(sequence._fields, sequence, strict=True):
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 wrong = next(token for token in ids if not 0 <= token < vocab_size)
                 raise InputError(
-                    f"{f'sequence {number}' if names is None else names[number]}: token id {wrong} in its {part} is not in the model's vocabulary of {vocab_size}; it was made with another "
+                    f"{name}: token id {wrong} in its {part} is not in the model's vocabulary of {vocab_size}; it was made with another "
                     "tokenizer: use the model's own, or resize the model's embeddings and save it again"
                 )

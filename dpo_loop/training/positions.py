@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from dpo_loop.errors import PolicyError
 from dpo_loop.progress import say
 
 _NAMES = ("max_position_embeddings", "max_seq_len")
@@ -42,3 +43,21 @@ def longest_length(max_length: int, path: str, *, stage: str) -> int:
         return max_length
     say(f"{stage}: sequences of at most {limit} tokens, for which the model has positions; max_length is {max_length}")
     return limit
+
+
+def check_rotary(config: Any, longest: int, where: str) -> None:
+    """Raises PolicyError for positions whose frequencies follow from the longest sequence of a forward, so that they differ from batch to batch.
+
+    longest: tokens of the longest sequence. Up to the length that the model was first trained with, there is nothing of the kind.
+    """
+    config = config.get_text_config()
+    for rope in _rotary(config):
+        kind = rope.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        limit = (rope if kind == "longrope" else {}).get("original_max_position_embeddings") or config.max_position_embeddings
+        if longest > limit:
+            raise PolicyError(
+                f"{where} has {kind} positions: beyond {limit} tokens they depend on the longest sequence of a batch, and here are sequences of "
+                f"{longest}. Lower max_length to {limit}, or give a model with other positions"
+            )

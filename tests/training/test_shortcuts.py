@@ -78,7 +78,7 @@ def test_the_last_mlp_sees_only_what_is_scored() -> None:
     mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
     ours = scorer(ragged()).logps_N
     grads = gradients(ours, model)
-    last_mlp.restore(model)
+    last_mlp.restore(model.get_base_model())
     whole = scorer(ragged()).logps_N
     assert_equal((ours, grads), (whole, gradients(whole, model)))
     assert seen[0] < seen[1]
@@ -131,7 +131,7 @@ def test_the_model_is_as_it_came_inside_native_and_once_left() -> None:
     with pytest.raises(ZeroDivisionError), scorer.native():
         1 / 0  # noqa: B018
     assert torch.equal(scorer(ragged()).logps_N, ours)
-    shortcuts.leave(model)
+    shortcuts.leave(model.get_base_model())
     assert replaced(model) == []
 
 

@@ -45,9 +45,8 @@ def seeing_only(model: Any, scored_S: Tensor) -> Iterator[None]:
 
 
 def _last_mlp(model: Any) -> Any:
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    depth = getattr(bare.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [module for module in bare.base_model.children() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
     return getattr(stacks[0][-1], "mlp", None) if len(stacks) == 1 else None
 
 

@@ -63,7 +63,7 @@ class Scorer:
         else:
             ids_BL, scored_S, targets_S = pad(sequences, self.device)
             inputs = {"input_ids": ids_BL}
-        with last_mlp.seeing_only(self.model, scored_S):
+        with last_mlp.seeing_only(bare_model(self.model), scored_S):
             if self.head is None:
                 logps, collisions = _by_the_model(self.model, inputs, scored_S, targets_S, with_collisions=with_collisions)
             else:
@@ -77,7 +77,7 @@ class Scorer:
         """The model as it came: its own attention and its own modules, for forwards that are none of ours."""
         set_attention(self.model, self.native_attention)
         try:
-            with shortcuts.left(self.model) if self.shortcuts else nullcontext():
+            with shortcuts.left(bare_model(self.model)) if self.shortcuts else nullcontext():
                 yield
         finally:
             if self.packed:

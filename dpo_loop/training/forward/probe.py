@@ -25,7 +25,7 @@ from dpo_loop.training.forward.sequences import TokenSequence
 from dpo_loop.training.forward.tree_attention import NAME
 from dpo_loop.training.forward.yardstick import Yardstick, allowed_in, computed_in, difference, num_draws, other_roundings
 from dpo_loop.training.loop.accumulation import out_of_memory
-from dpo_loop.training.model_checks import check_rotary
+from dpo_loop.training.positions import check_rotary
 
 _WINDOWS = (
     "sliding_window",
@@ -61,10 +61,10 @@ def build_scorer(
     routes = [(True, each) for each in (head, None) if not refusals] + [(False, head), (False, None)]
     ways = [Scorer(model, device, *route, native, shortcuts=taken) for taken in (True, False) for route in routes]
     with _undisturbed(model, device), torch.no_grad(), autocast():
-        shortcuts.leave(model)
+        shortcuts.leave(bare)
         yardsticks = [_yardstick(model, sequences, region_N.to(device), device, bare=off) for off in (False, True)]
         for scorer in ways:
-            (shortcuts.take if scorer.shortcuts else shortcuts.leave)(model)
+            (shortcuts.take if scorer.shortcuts else shortcuts.leave)(bare)
             try:
                 set_attention(model, NAME if scorer.packed else native)
                 worst, excess = (max(pair) for pair in zip(*_judged(scorer, sequences, yardsticks), strict=True))

@@ -1,7 +1,7 @@
-"""RMSNorm in four passes over its input, of transformers' ten, and in six on the way back, of its fourteen.
+"""RMSNorm and its gradient in fewer passes over memory: [2040, 512] on two CPU cores in 2.0 ms, where transformers' takes 5.0 (LOG.md).
 
 y = w x / rms(x), or (1 + w) x / rms(x) as in Gemma (https://arxiv.org/abs/1910.07467). What a module computes is not told by its name: it is
-tried. Only fp32, and only a frozen weight. Shapes: H hidden size, ... anything.
+tried. Only fp32, and only a frozen weight. Shapes: H hidden size.
 """
 
 from __future__ import annotations

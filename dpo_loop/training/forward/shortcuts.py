@@ -1,6 +1,6 @@
 """Parts of a model that are computed faster than by its own modules, to the same values: forwards of single modules are replaced, and put back.
 
-The probe (probe.py) measures a model with its shortcuts taken, so a module that only looks like one that it is not is found out.
+model: of transformers, without PEFT's wrapper; its adapter layers are inside. The probe (probe.py) measures a model with its shortcuts taken, so a module that only looks like one that it is not is found out.
 """
 
 from __future__ import annotations
