@@ -20,8 +20,8 @@ $(STAMP): deploy/requirements/cpu.txt pyproject.toml deploy/setup.sh
 demo: $(STAMP)  ## set up and play three rounds of iterative DPO on this machine's CPU, in runs/demo
 	@.venv/bin/dpo-loop demo
 
-test: $(STAMP)  ## set up and pass the tests
-	@$(PY) -m pytest -q --durations=12
+test: $(STAMP)  ## set up and pass the tests, two files at a time
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 check: $(STAMP)  ## lint, architecture, types
 	@.venv/bin/ruff check .

@@ -65,6 +65,13 @@ class PrefectServer:
             yield self
 
     def ask(self, path: str, body: object = None) -> tuple[int, Any]:
+        """Status and content. While the database is busy the server says 503, upon which Prefect's own clients ask again, and so does this."""
+        end = time.monotonic() + 60
+        while (answer := self._ask(path, body))[0] == 503 and time.monotonic() < end:
+            time.sleep(1)
+        return answer
+
+    def _ask(self, path: str, body: object) -> tuple[int, Any]:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.api + path, data=content, headers={"content-type": "application/json"})
         try:

@@ -1,13 +1,16 @@
 """Dropout that a base's config.json asks for: off while we train, so that the policy is its reference at step 0; as it was when it is saved.
 
 Modules in eval mode are not enough: transformers checkpoints a layer only in training mode, and many layers (OPT, Starcoder2, Falcon) then
-drop by a function of their own.
+drop by a function of their own. An adapter's dropout is the training's own, and is only paused while something is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 _NOISE = "drop"
 """In the names of a config's shares: attention_dropout, resid_pdrop, layerdrop. Not a router's jitter: it is drawn in training mode only, in which
@@ -36,3 +39,16 @@ def _shares(config: Any) -> Iterator[tuple[Any, str]]:
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
             yield from _shares(part)
+
+
+@contextmanager
+def dropout_paused(model: Any) -> Iterator[None]:
+    """For a while, whatever mode the model is in."""
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    for module in dropouts:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True

@@ -79,8 +79,8 @@ def test_a_server_that_asks_one_call_to_wait_is_left_alone_by_all(stub: Stub, ve
 def test_a_wait_past_the_deadline_is_not_begun(stub: Stub, vendor: Vendor) -> None:
     stub.policy = lambda body: vendor.error(429, "come back later", retry_after="600")
     started = time.monotonic()
-    [reply] = ask(vendor.judge(stub, deadline_s=5.0))
-    assert time.monotonic() - started < 3
+    [reply] = ask(vendor.judge(stub, deadline_s=20.0))
+    assert time.monotonic() - started < 10
     assert reason_of(reply) is UndecidedReason.UNAVAILABLE
     assert "come back later" in reply.outcome.detail
     assert len(stub.seen) == 1
@@ -90,7 +90,7 @@ def test_the_deadline_bounds_all_attempts_together(stub: Stub, vendor: Vendor) -
     stub.policy = lambda body: verdict(vendor, "A", delay_s=30)
     started = time.monotonic()
     [reply] = ask(vendor.judge(stub, attempt_timeout_s=0.4, deadline_s=1.0, max_attempts=100))
-    assert 0.4 <= time.monotonic() - started < 3
+    assert 0.4 <= time.monotonic() - started < 10
     assert reason_of(reply) is UndecidedReason.UNAVAILABLE
     assert len(stub.seen) <= 4
 

@@ -43,6 +43,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss, attention sinks": ("GptOss", SHAPE | _HEADS_OF_16 | {"num_local_experts": 4, "sliding_window": 8}),
     "granite, logits divided": ("Granite", SHAPE | _GROUPED | {"logits_scaling": 4.0, "attention_multiplier": 0.2}),
     "cohere, logits multiplied": ("Cohere", SHAPE | _GROUPED | {"logit_scale": 0.25}),
+    "olmo, clamped projections": ("Olmo", SHAPE | _GROUPED | {"clip_qkv": 0.5}),
     "opt, learned positions": (
         "OPT",
         {"vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64},

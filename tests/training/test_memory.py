@@ -231,5 +231,5 @@ def test_a_real_pass_takes_what_was_planned(measurable: Path, checkpointing: boo
     planned = plan.activations_bytes + plan.head_bytes
     if not checkpointing:  # of a checkpointed layer the hooks see its recomputation too
         # What autograd kept; beside it are passing gradients and holes, and the last of four MLPs sees only what is scored.
-        assert 0.6 < told["kept_bytes"] / planned < 1.05
+        assert 0.5 < told["kept_bytes"] / planned < 1.05
     assert 0.4 < told["growth_bytes"] / planned < 1.6

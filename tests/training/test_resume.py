@@ -18,8 +18,9 @@ from dpo_loop.artifacts import scratch
 from dpo_loop.config import AlarmLimits, AlarmsConfig, HeldOutConfig, KtoLoss, LoraShape, OptimizerConfig, TrainingConfig
 from dpo_loop.errors import CorruptArtifactError, InputError
 from dpo_loop.exchange import ALARMS, METRICS
+from dpo_loop.training.dropout import dropout_paused
 from dpo_loop.training.forward.probe import build_scorer
-from dpo_loop.training.loop.accumulation import Objective, shortage_explained, without_dropout
+from dpo_loop.training.loop.accumulation import Objective, shortage_explained
 from dpo_loop.training.loop.batches import cut_for
 from dpo_loop.training.loop.checkpoints import KEPT, MANIFEST, STATE, read_newest_checkpoint, write_checkpoint
 from dpo_loop.training.loop.fit import CHECKPOINTS, Fitted, Plan, fit
@@ -179,7 +180,7 @@ def test_held_out_pairs_are_never_trained_on_and_looks_draw_no_dropout(tmp_path:
     seen = {row for rows in objective.trained for row in rows}
     assert seen == set(range(NUM_PAIRS)) - set(held_out)
     inner = objective.objective
-    with torch.no_grad(), without_dropout(inner.scorer.model):
+    with torch.no_grad(), dropout_paused(inner.scorer.model):
         sums = {name: float(value) for name, value in inner.sums(held_out, estimates={}).items()}
     look = fitted.rows[fitted.weights_of_step - 1]
     assert look["held_out_loss"] == pytest.approx(inner.metrics(sums, held_out, step=1)["loss"], rel=1e-6)

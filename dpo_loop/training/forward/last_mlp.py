@@ -20,7 +20,7 @@ def speed_up(model: Any) -> None:
     """Make the last MLP heed `seeing_only`. A model whose last layer has none of that name is left as it is."""
     if (mlp := _last_mlp(model)) is not None:
         vars(mlp)[_ATTRIBUTE] = None
-        mlp.forward = partial(_forward, mlp)
+        mlp.forward = partial(_forward, mlp, mlp.forward)
 
 
 def restore(model: Any) -> None:
@@ -50,9 +50,8 @@ def _last_mlp(model: Any) -> Any:
     return getattr(stacks[0][-1], "mlp", None) if len(stacks) == 1 else None
 
 
-def _forward(mlp: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward(mlp: Any, own: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     scored_U = vars(mlp)[_ATTRIBUTE]
-    own = partial(type(mlp).forward, mlp)
     if scored_U is None or args or kwargs:
         return own(hidden, *args, **kwargs)
     flat_TH = hidden.flatten(0, -2)

@@ -64,8 +64,8 @@ def build_scorer(
         shortcuts.leave(bare)
         yardsticks = [_yardstick(model, sequences, region_N.to(device), device, bare=off) for off in (False, True)]
         for scorer in ways:
-            (shortcuts.take if scorer.shortcuts else shortcuts.leave)(bare)
             try:
+                (shortcuts.take if scorer.shortcuts else shortcuts.leave)(bare)
                 set_attention(model, NAME if scorer.packed else native)
                 worst, excess = (max(pair) for pair in zip(*_judged(scorer, sequences, yardsticks), strict=True))
             except Exception as error:  # a model that cannot be packed fails in its own way

@@ -1,6 +1,6 @@
 """Parts of a model that are computed faster than by its own modules, to the same values: forwards of single modules are replaced, and put back.
 
-model: of transformers, without PEFT's wrapper; its adapter layers are inside. The probe (probe.py) measures a model with its shortcuts taken, so a module that only looks like one that it is not is found out.
+model: of transformers, without PEFT's wrapper; its adapter layers are inside. Each is tried on its module first; the probe (probe.py) then compares the log-probs of a model with its shortcuts taken.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpo_loop.training.forward import last_mlp, lora_linear, rms_norm
+from dpo_loop.training.forward import gated_mlp, last_mlp, lora_linear, rms_norm, rotary
 
-_ALL = (lora_linear, rms_norm, last_mlp)
+_ALL = (rotary, lora_linear, rms_norm, gated_mlp, last_mlp)
+"""In this order: attention rotates, and its projections go together; the last MLP is computed as the others are."""
 
 
 def take(model: Any) -> None:
+    leave(model)
     for each in _ALL:
         each.speed_up(model)
 

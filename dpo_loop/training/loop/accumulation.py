@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_loop.errors import InputError
+from dpo_loop.training.dropout import dropout_paused
 from dpo_loop.training.loop.batches import Cut, Spread
 from dpo_loop.training.processes import MicroBatch, Processes
 
@@ -72,7 +73,7 @@ class Accumulator:
 
     def look(self, rows: Sequence[int], *, max_tokens: int) -> dict[str, float]:
         """The sums over `rows` without gradients and without dropout. Raises OutOfMemoryError in every process."""
-        with torch.no_grad(), without_dropout(self.model):
+        with torch.no_grad(), dropout_paused(self.model):
             return self._sums(rows, max_tokens=max_tokens, learns=False)
 
     def _sums(self, rows: Sequence[int], *, max_tokens: int, learns: bool) -> dict[str, float]:
@@ -123,18 +124,6 @@ class Accumulator:
             else [0.0] * len(names)
         )
         return dict(zip(names, self.processes.total(mine), strict=True))
-
-
-@contextmanager
-def without_dropout(model: Any) -> Iterator[None]:
-    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
-    for module in dropouts:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in dropouts:
-            module.training = True
 
 
 def out_of_memory(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """How much memory training needs, from a model's config.json and the training config: no torch, so that `dpo-loop estimate` is quick.
 
-What is kept for backward is counted tensor by tensor, as a decoder layer with our forwards (lora_linear.py, tree_attention.py, head.py)
-keeps it: byte for byte what autograd says it saved. On a CPU, what a process then grew by is within a quarter of the figures here for models
+What is kept for backward is counted tensor by tensor, as a decoder layer with our forwards (lora_linear.py, gated_mlp.py, tree_attention.py,
+head.py) keeps it: byte for byte what autograd says it saved. On a CPU, what a process then grew by is within a quarter of the figures here for models
 worth planning. Bytes of a GPU follow from the same count at the widths of its types, and were not measured. Symbols: H hidden size, Q and K widths of queries and keys, I inner size of the MLP.
 """
 
@@ -148,8 +148,8 @@ class _Need:
         shape = self.shape
         kept = self._layer() + self._attention_maps()
         layers = shape.num_layers * shape.hidden * self.width + kept if checkpointing else shape.num_layers * kept
-        # The gradients of one layer on the way back: two of the MLP's tensors and two of the residual's.
-        passing = self.width * (2 * self._inner + 2 * shape.hidden)
+        # One layer on the way back: gradients of two of the MLP's tensors, and two that it did not keep; two of the residual's.
+        passing = self.width * ((4 if self._recomputes_mlp else 2) * self._inner + 2 * shape.hidden)
         outside = 4 * shape.hidden * self.width  # embedding, final norm and what goes into the head
         reference = self.width * (4 * shape.hidden + 3 * self._inner) + self._attention_maps()
         held = _HELD[self.device][checkpointing]
@@ -174,6 +174,23 @@ class _Need:
         """Of all experts that a token goes through."""
         return self.shape.intermediate * self.shape.experts_per_token
 
+    @property
+    def _peft_forwards(self) -> bool:
+        """Whether no LoRA layer is a plain one (lora_linear.py)."""
+        lora = self.config.lora
+        return bool(lora.dropout) or lora.variant == "dora" or self.config.quantize_base is not None
+
+    @property
+    def _recomputes_mlp(self) -> bool:
+        """Whether gated_mlp.py computes the MLP; it does not know a sharded one."""
+        adapted = {name.split(".")[-1] for name in self.shape.linears(self.config.lora.target)}
+        return (
+            self.shape.gated
+            and {"gate_proj", "up_proj", "down_proj"} <= adapted
+            and not self._peft_forwards
+            and not shards_base(self.config)
+        )
+
     def _layer(self) -> float:
         """Bytes per token that one layer keeps for backward, without attention maps."""
         shape, config = self.shape, self.config
@@ -183,13 +200,13 @@ class _Need:
         # What goes into the projections and the MLP, once each; queries, keys, values and output of attention. Variable-length
         # attention of a GPU keeps keys and values of a shared prompt for each of its branches.
         attention = 2 * shape.hidden + 2 * queries + (4 if self.device == "cuda" else 2) * keys
-        mlp = (4 if shape.gated else 6 if shape.composed_activation else 2) * self._inner
+        mlp = (2 if self._recomputes_mlp else 4 if shape.gated else 6 if shape.composed_activation else 2) * self._inner
         if shape.experts_per_token > 1:
             mlp += 2 * shape.experts_per_token * shape.hidden  # a token's copy for each of its experts, in and out
         linears = shape.linears(config.lora.target).values()
         per_layer = 1 / shape.num_layers
         lora = len(linears) * config.lora.rank * per_layer
-        if config.lora.dropout or config.lora.variant == "dora" or config.quantize_base:
+        if self._peft_forwards:
             # PEFT's own forward: a copy of every input, its dropped-out twin with a mask, and DoRA's two outputs.
             inputs, outputs = (sum(size[side] for size in linears) * per_layer for side in (0, 1))
             lora += inputs * (2.25 if config.lora.dropout else 1) + (2 * outputs if config.lora.variant == "dora" else 0)
