@@ -99,3 +99,8 @@ def with_adapter(model: Any, *, seed: int = 1) -> Any:
 
 def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def replaced(model: Any) -> list[str]:
+    """Names of the modules whose forward is another than their class's."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
