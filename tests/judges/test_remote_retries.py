@@ -90,7 +90,7 @@ def test_the_deadline_bounds_all_attempts_together(stub: Stub, vendor: Vendor) -
     stub.policy = lambda body: verdict(vendor, "A", delay_s=30)
     started = time.monotonic()
     [reply] = ask(vendor.judge(stub, attempt_timeout_s=0.4, deadline_s=1.0, max_attempts=100))
-    assert 0.4 <= time.monotonic() - started < 10
+    assert 0.4 <= time.monotonic() - started < 3
     assert reason_of(reply) is UndecidedReason.UNAVAILABLE
     assert len(stub.seen) <= 4
 

@@ -1,7 +1,7 @@
 """A gated MLP with LoRA in all of its layers, as one function: down(act(gate(x)) * up(x)).
 
-Autograd would keep four tensors of the MLP's inner size for backward. Here it keeps two, gate and up; the other two are computed again from them,
-which takes less time than to fetch them from memory. What a module computes is not told by its names: it is tried. Hooks of its layers do
+Autograd would keep four tensors of the MLP's inner size for backward. Here it keeps two, gate and up; the other two are computed again from them.
+What a module computes is not told by its names: it is tried. Hooks of its layers do
 not run. Shapes: T tokens, H hidden size, I inner size, R ranks of down, S of gate and up.
 """
 
