@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_loop.training.forward import last_mlp, rms_norm, shortcuts, tree_attention
-from dpo_loop.training.forward.packing import Span
+from dpo_loop.training.forward import last_layer, rms_norm, shortcuts, tree_attention
+from dpo_loop.training.forward.packing import Span, pack
 from dpo_loop.training.forward.probe import build_scorer
 from dpo_loop.training.models import set_training_mode
 from tests.training.families import build, replaced, with_adapter
@@ -65,19 +65,35 @@ def test_bf16_between_fp32_norms_is_left_to_the_module() -> None:
     assert torch.equal(norm(x), type(norm).forward(norm, x))
 
 
-def test_the_last_mlp_sees_only_what_is_scored() -> None:
+def test_the_last_layer_sees_only_what_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapter(build("llama"))
     scorer = build_scorer(model, device=CPU, forward="auto")
     assert scorer.packed
+    attended: list[int] = []
+    flash = tree_attention._flash
+    monkeypatch.setattr(
+        tree_attention, "_flash", lambda query, *rest, **named: (attended.append(query.shape[2]), flash(query, *rest, **named))[1]
+    )
     mlp = model.get_base_model().model.layers[-1].mlp
     seen: list[int] = []
     mlp.act_fn.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
     ours = scorer(ragged()).logps_N
     grads = gradients(ours, model)
-    last_mlp.restore(model.get_base_model())
+    last_layer.restore(model.get_base_model())
     whole = scorer(ragged()).logps_N
     assert_equal((ours, grads), (whole, gradients(whole, model)))
     assert seen[0] < seen[-1]
+    layout = pack(ragged()).layout
+    layers = [tree_attention._calls(layout)] * (len(model.get_base_model().model.layers) - 1)
+    once = [len(call.queries) for calls in layers for call in calls]
+    last = {False: tree_attention._calls(layout), True: tree_attention._scored_calls(layout)}
+    assert attended == [length for scored in (True, False) for length in (*once, *(len(call.queries) for call in last[scored]))]
+
+
+def test_what_predicts_a_completion_attends_and_nothing_else() -> None:
+    layout = pack(ragged()).layout
+    asked = {place for call in tree_attention._scored_calls(layout) for place in range(call.queries.start, call.queries.end)}
+    assert asked == set(pack(ragged()).scored_S.tolist()) < set(range(layout.num_tokens))
 
 
 def test_a_forward_that_is_not_the_scorers_sees_everything() -> None:
@@ -137,7 +153,8 @@ def test_long_causal_spans_are_cut_without_a_change(monkeypatch: pytest.MonkeyPa
     whole = scorer(ragged()).logps_N
     grads = gradients(whole, model)
     monkeypatch.setattr(tree_attention, "_CUT_FROM", 4)
-    assert len(tree_attention._causal(Span(0, 16))) == 15
+    monkeypatch.setattr(tree_attention, "_BLOCK", 3)
+    assert len(tree_attention._causal(Span(0, 16))) == 2 * 5 + 1, "five blocks, and one token before them"
     cut = scorer(ragged()).logps_N
     assert_equal((cut, gradients(cut, model)), (whole, grads))
 

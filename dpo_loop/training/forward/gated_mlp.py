@@ -39,7 +39,7 @@ def speed_up(model: Any) -> None:
 
 
 def restore(model: Any) -> None:
-    """The modules' own forwards again, of the last one, too (last_mlp.py)."""
+    """The modules' own forwards again, of the last one, too (last_layer.py)."""
     for module in model.modules():
         if _looks_like_one(module):
             vars(module).pop("forward", None)

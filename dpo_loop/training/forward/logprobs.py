@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_loop.training.forward import last_mlp, shortcuts
+from dpo_loop.training.forward import last_layer, shortcuts
 from dpo_loop.training.forward.head import Head, token_logprobs
 from dpo_loop.training.forward.packing import PackedRow, pack
 from dpo_loop.training.forward.sequences import TokenSequence
@@ -63,7 +63,7 @@ class Scorer:
         else:
             ids_BL, scored_S, targets_S = pad(sequences, self.device)
             inputs = {"input_ids": ids_BL}
-        with last_mlp.seeing_only(bare_model(self.model), scored_S):
+        with last_layer.seeing_only(bare_model(self.model), scored_S):
             if self.head is None:
                 logps, collisions = _by_the_model(self.model, inputs, scored_S, targets_S, with_collisions=with_collisions)
             else:

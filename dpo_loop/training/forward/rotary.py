@@ -89,8 +89,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
     into, given = out.transpose(1, 2), x.transpose(1, 2)
-    low, high = given[..., :half], given[..., half:]
-    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
-    torch.mul(low, cos, out=into[..., :half]).addcmul_(high, sin, value=-sign)
-    torch.mul(high, cos, out=into[..., half:]).addcmul_(low, sin, value=sign)
+    cos, sin = cos[:, :, None], sin[:, :, None, :half]
+    torch.mul(given, cos, out=into)
+    into[..., :half].addcmul_(given[..., half:], sin, value=-sign)
+    into[..., half:].addcmul_(given[..., :half], sin, value=sign)
     return out

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpo_loop.training.forward import gated_mlp, last_mlp, lora_linear, rms_norm, rotary
+from dpo_loop.training.forward import gated_mlp, last_layer, lora_linear, rms_norm, rotary
 
-_ALL = (rotary, lora_linear, rms_norm, gated_mlp, last_mlp)
-"""In this order: attention rotates, and its projections go together; the last MLP is computed as the others are."""
+_ALL = (rotary, lora_linear, rms_norm, gated_mlp, last_layer)
+"""In this order: attention rotates, and its projections go together; the last layer's MLP is computed as the others are."""
 
 
 def take(model: Any) -> None:

@@ -1,6 +1,7 @@
-"""The last layer's MLP, computed only where something is scored: no later layer attends to what the other positions would become.
+"""The last layer, computed only where something is scored: no later layer attends to what the other positions would become.
 
-Half of a row of prompts and completions is prompt, and an MLP is most of a layer. Shapes: T tokens of all rows, U of them that are scored.
+Half of a row of prompts and completions is prompt. The MLP, most of a layer, is given the scored positions alone; attention over a packed row
+(tree_attention.py) is told that it may leave out the others' queries. Shapes: T tokens of all rows, U of them that are scored.
 """
 
 from __future__ import annotations
@@ -13,19 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_loop.training.forward.tree_attention import ONLY_SCORED
+
 _ATTRIBUTE = "scored_U"
 
 
 def speed_up(model: Any) -> None:
-    """Make the last MLP heed `seeing_only`. A model whose last layer has none of that name is left as it is."""
-    if (mlp := _last_mlp(model)) is not None:
+    """Make the last MLP heed `seeing_only`, if there is one of that name, and tell the last attention."""
+    layer = _last_layer(model)
+    for module in _attentions(layer):
+        vars(module)[ONLY_SCORED] = True
+    if (mlp := getattr(layer, "mlp", None)) is not None:
         vars(mlp)[_ATTRIBUTE] = None
         mlp.forward = partial(_forward, mlp, mlp.forward)
 
 
 def restore(model: Any) -> None:
-    """The MLP's own forward again."""
-    if (mlp := _last_mlp(model)) is not None:
+    """The layer as it came."""
+    layer = _last_layer(model)
+    for module in _attentions(layer):
+        vars(module).pop(ONLY_SCORED, None)
+    if (mlp := getattr(layer, "mlp", None)) is not None:
         vars(mlp).pop("forward", None)
         vars(mlp).pop(_ATTRIBUTE, None)
 
@@ -33,7 +42,7 @@ def restore(model: Any) -> None:
 @contextmanager
 def seeing_only(model: Any, scored_S: Tensor) -> Iterator[None]:
     """Of a forward inside. scored_S: places among all tokens. Not with gradient checkpointing, which forwards the layer once more later."""
-    mlp = _last_mlp(model)
+    mlp = getattr(_last_layer(model), "mlp", None)
     if mlp is None or _ATTRIBUTE not in vars(mlp) or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
@@ -44,10 +53,17 @@ def seeing_only(model: Any, scored_S: Tensor) -> Iterator[None]:
         vars(mlp)[_ATTRIBUTE] = None
 
 
-def _last_mlp(model: Any) -> Any:
+def _last_layer(model: Any) -> Any:
+    """None where layers are not in one list."""
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [module for module in model.base_model.children() if isinstance(module, torch.nn.ModuleList) and len(module) == depth]
-    return getattr(stacks[0][-1], "mlp", None) if len(stacks) == 1 else None
+    return stacks[0][-1] if len(stacks) == 1 else None
+
+
+def _attentions(layer: Any) -> Iterator[Any]:
+    """Modules that know the number of their layer, as those do that call transformers' attention interface."""
+    if layer is not None:
+        yield from (module for module in layer.modules() if hasattr(module, "layer_idx"))
 
 
 def _forward(mlp: Any, own: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
