@@ -33,7 +33,7 @@ ONLY_SCORED = "attends_only_where_scored"
 _BLOCK = 192
 """Queries from which on the CPU's kernel takes 64 at a time in place of 32, a quarter faster."""
 _CUT_FROM = 256
-"""Tokens of a causal span whose last block is cut off: one of 288 takes 0.85 of the time then."""
+"""Tokens of a causal span whose last block is cut off: one of 288 takes 0.99 of the time then, one of 384 or 640 0.9."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
